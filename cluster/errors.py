@@ -1,0 +1,53 @@
+"""Every error that a caller may want to tell apart.
+
+TrimtabError
+├── InvalidConfiguration     a key of deploy.yaml, a model directory or a vocabulary cannot be used; nothing was started
+├── InvalidRequest           the caller's request cannot be served as it is; names the field (HTTP 400)
+│   └── UnknownModel         the request names a profile that does not exist (HTTP 404)
+├── Overloaded               no room for another sequence at present; try again later (HTTP 429)
+├── ReplicaLost              a model replica died, hung or cannot be had (HTTP 503)
+├── DeadlineExceeded         the request's own time is over (HTTP 504)
+└── EngineError              a sequence cannot take the step it was asked to take; always a defect of the caller
+
+All of them survive pickling, so that Ray can carry them between processes.
+"""
+
+
+class TrimtabError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class InvalidConfiguration(TrimtabError):
+    """A setting cannot work; the message gives its path, its value and the remedy."""
+
+
+class InvalidRequest(TrimtabError):
+    """A request cannot be served as it is."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message, field)
+        self.message = message
+        self.field = field
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class UnknownModel(InvalidRequest):
+    """A request names a profile that does not exist."""
+
+
+class Overloaded(TrimtabError):
+    """There is no room for another sequence at present."""
+
+
+class ReplicaLost(TrimtabError):
+    """A model replica died, hung, or cannot be had."""
+
+
+class DeadlineExceeded(TrimtabError):
+    """A request or a step took longer than it was given."""
+
+
+class EngineError(TrimtabError):
+    """A sequence cannot take the step that it was asked to take."""
