@@ -1,0 +1,40 @@
+"""The guided distribution's logits: base plus weighted guides.
+
+Shapes: B rows, V the base's vocabulary, U a guide's vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Guidance(NamedTuple):
+    """One guide's say in one row."""
+
+    weight: float
+    """w = 1 / beta in the paper's notation; negative to move away from the guide."""
+
+    logits: Tensor
+    """The guide's next-token logits [U], over the common tokens or more."""
+
+
+def merge(base: Sequence[Tensor], guidance: Sequence[Sequence[Guidance]]) -> Tensor:
+    """Return the guided logits z_BV = base + sum_i w_i * guide_i, in float32.
+
+    A constant per row changes nothing after the softmax, so raw logits stand in for log-probabilities
+    (GenARM, arXiv 2410.08193: p proportional to p_base * prod_i p_i^(w_i)). What a guide has beyond V is cut off;
+    tokens of the base beyond a guide's U get -inf, since that guide gives them probability 0.
+
+    Args:
+        base: B rows of the base's logits, each [V], of any floating dtype.
+        guidance: for each row its guides, always in the same order, since sums round by order.
+    """
+    z_BV = torch.stack(list(base)).float()
+    for z_V, guides in zip(z_BV, guidance, strict=True):
+        for weight, logits_U in guides:
+            num_common = min(len(z_V), len(logits_U))
+            z_V[:num_common].add_(logits_U[:num_common], alpha=weight)
+            z_V[num_common:] = -torch.inf
+    return z_BV

@@ -1,0 +1,85 @@
+"""The oracle: guided generation in one process, one sequence, as plainly as it can be written.
+
+It runs transformers models directly and draws with noise over the whole vocabulary. Every other path (batched,
+remote, over any transport) must give the same tokens.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.guidance.merge import Guidance, merge
+from actors.guidance.noise import WORDS, noise
+from actors.guidance.sampling import Sampling, keep_likely, scale
+
+
+@dataclass(slots=True, kw_only=True)
+class Voice:
+    """A model with the prompt in its own tokens and, for a guide, its weight."""
+
+    model: Any
+    """A transformers causal language model."""
+
+    prompt: Sequence[int]
+    weight: float = 1.0
+
+
+@dataclass(slots=True)
+class ReferenceText:
+    """What the oracle wrote."""
+
+    tokens: list[int] = field(default_factory=list)
+    """The drawn tokens, with the end token if one was drawn."""
+
+    margins: list[float] = field(default_factory=list)
+    """For each token, how far the best score (noise included) was ahead of the second."""
+
+
+@torch.inference_mode()
+def generate(
+    base: Voice,
+    guides: Sequence[Voice] = (),
+    *,
+    sampling: Sampling | None = None,
+    max_tokens: int,
+    end_tokens: Collection[int] = (),
+    sample: int = 0,
+) -> ReferenceText:
+    """Write up to `max_tokens` tokens from the guided distribution.
+
+    Guides of weight 0 are left out; the others are summed in the order given.
+    """
+    sampling = sampling or Sampling()
+    guides = [guide for guide in guides if guide.weight != 0]
+    voices = [base, *guides]
+    caches: list[Any] = [None] * len(voices)
+    appended: list[Sequence[int]] = [voice.prompt for voice in voices]
+    text = ReferenceText()
+    while len(text.tokens) < max_tokens and not (text.tokens and text.tokens[-1] in end_tokens):
+        rows = []
+        for i, voice in enumerate(voices):
+            output = voice.model(
+                input_ids=torch.tensor([appended[i]]), past_key_values=caches[i], use_cache=True, logits_to_keep=1
+            )
+            caches[i] = output.past_key_values
+            rows.append(output.logits[0, -1])
+        guidance = [Guidance(guide.weight, row) for guide, row in zip(guides, rows[1:], strict=True)]
+        scores_V = _noisy_scores(merge([rows[0]], [guidance]), sampling, len(text.tokens), sample)
+        best, second = scores_V.topk(2).values.tolist()
+        text.tokens.append(int(scores_V.argmax()))
+        text.margins.append(best - second)
+        appended = [text.tokens[-1:]] * len(voices)
+    return text
+
+
+def _noisy_scores(z_1V: Tensor, sampling: Sampling, position: int, sample: int) -> Tensor:
+    """What the draw maximises, float64 [V], with noise for every token."""
+    if sampling.is_greedy:
+        return z_1V[0].double()
+    scores_V = keep_likely(scale(z_1V, [sampling]), [sampling])[0]
+    blocks = torch.arange(-(-len(scores_V) // WORDS))
+    counters = torch.tensor([position, sample, sampling.signed_seed])
+    return scores_V + noise(blocks, *counters).flatten()[: len(scores_V)]

@@ -1,0 +1,122 @@
+"""From guided logits to a token: temperature, top-k, top-p, min-p, then a Gumbel-max draw.
+
+Shapes: B rows of a step, S those of them that sample, V vocabulary, N blocks of four tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from actors.guidance.noise import REACH, WORDS, noise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How one request draws its tokens."""
+
+    temperature: float = 1.0
+    """Of the guided distribution; 0 is greedy."""
+
+    top_k: int = 0
+    """Keep the k most probable tokens, and all that tie with the last; 0 keeps all."""
+
+    top_p: float = 1.0
+    """Keep the fewest most probable tokens whose probabilities reach p, after top_k; 1 keeps all."""
+
+    min_p: float = 0.0
+    """Keep the tokens at least min_p times as probable as the best; 0 keeps all."""
+
+    seed: int = 0
+    """Any integer; its low 64 bits key the noise."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the draw is the plain argmax."""
+        return self.temperature == 0
+
+    @property
+    def signed_seed(self) -> int:
+        """The int64 with the seed's low 64 bits."""
+        return (self.seed + 2**63) % 2**64 - 2**63
+
+
+def draw(z_BV: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], samples: Sequence[int]) -> Tensor:
+    """Return one token per row, int64 [B].
+
+    token = argmax_v(log p(v) + g_v) over the tokens that the row's filters keep, p = softmax(z / T); the argmax of z
+    where T = 0. Ties go to the lowest token.
+
+    Args:
+        z_BV: guided logits, float32.
+        samplings: each row's settings.
+        positions: each row's position in its output.
+        samples: each row's sample index within its request.
+    """
+    tokens_B = z_BV.argmax(dim=-1)
+    rows = [row for row, sampling in enumerate(samplings) if not sampling.is_greedy]
+    if rows:
+        chosen = [samplings[row] for row in rows]
+        scores_SV = keep_likely(scale(z_BV[rows], chosen), chosen)
+        device = z_BV.device
+        counters = (
+            torch.tensor([positions[row] for row in rows], device=device),
+            torch.tensor([samples[row] for row in rows], device=device),
+            torch.tensor([sampling.signed_seed for sampling in chosen], device=device),
+        )
+        tokens_B[rows] = _gumbel_argmax(scores_SV, *counters)
+    return tokens_B
+
+
+def scale(z_SV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Return (z - max z) / T in float64: log p but for a constant per row, 0 at the best token."""
+    temperatures_S = torch.tensor([s.temperature for s in samplings], dtype=torch.float64, device=z_SV.device)
+    z_SV = z_SV.double()
+    return (z_SV - z_SV.amax(dim=-1, keepdim=True)) / temperatures_S[:, None]
+
+
+def keep_likely(scores_SV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Return the scores with -inf where top-k, then top-p, then min-p drop a token. Changes `scores_SV` in place.
+
+    Args:
+        scores_SV: as from `scale`, with 0 at each row's best token.
+        samplings: each row's settings.
+    """
+    num_tokens = scores_SV.shape[-1]
+    for scores_V, sampling in zip(scores_SV, samplings, strict=True):
+        if 0 < sampling.top_k < num_tokens:
+            smallest = scores_V.topk(sampling.top_k).values[-1]
+            scores_V[scores_V < smallest] = -torch.inf
+        if sampling.top_p < 1:
+            scores_V[scores_V < _nucleus_floor(scores_V, sampling.top_p)] = -torch.inf
+        if sampling.min_p > 0:
+            scores_V[scores_V < math.log(sampling.min_p)] = -torch.inf
+    return scores_SV
+
+
+def _nucleus_floor(scores_V: Tensor, top_p: float) -> Tensor:
+    """The score of the last token that the nucleus needs to hold a probability of `top_p`."""
+    ordered_V = scores_V.sort(descending=True).values
+    before_V = ordered_V.softmax(dim=-1).cumsum(dim=-1).roll(1)
+    before_V[0] = 0
+    return ordered_V[(before_V < top_p).sum() - 1]
+
+
+def _gumbel_argmax(scores_SV: Tensor, positions_S: Tensor, samples_S: Tensor, seeds_S: Tensor) -> Tensor:
+    """argmax_v(scores + noise), with noise computed only where a token can still win."""
+    num_rows, num_tokens = scores_SV.shape
+    blocks_SNW = pad(scores_SV, (0, -num_tokens % WORDS), value=-torch.inf).view(num_rows, -1, WORDS)
+
+    def noisy(rows: Tensor, blocks: Tensor) -> Tensor:
+        return blocks_SNW[rows, blocks] + noise(blocks, positions_S[rows], samples_S[rows], seeds_S[rows])
+
+    # The best token's own noisy score is a bar that any other token must be able to reach.
+    all_rows = torch.arange(num_rows, device=scores_SV.device)
+    bars_S = noisy(all_rows, scores_SV.argmax(dim=-1) // WORDS).amax(dim=-1)
+    rows, blocks = (blocks_SNW.amax(dim=-1) > bars_S[:, None] - REACH).nonzero(as_tuple=True)
+    noisy_SNW = torch.full_like(blocks_SNW, -torch.inf)
+    noisy_SNW[rows, blocks] = noisy(rows, blocks)
+    return noisy_SNW.view(num_rows, -1).argmax(dim=-1)

@@ -1,0 +1,44 @@
+"""Which guides fit which base: tokens must agree one by one where both vocabularies have them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from cluster.errors import InvalidConfiguration
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """What of a model's vocabulary guidance depends on."""
+
+    tokens: Sequence[str]
+    """Token strings by id, as the tokenizer has them."""
+
+    width: int
+    """Columns of the model's logits; often padded beyond the tokenizer's tokens."""
+
+    end_tokens: frozenset[int]
+    """Ids that end a text."""
+
+
+def check_vocabulary(base: Vocabulary, guide: Vocabulary, *, guide_name: str) -> None:
+    """Check that a guide can steer a base.
+
+    Raises:
+        InvalidConfiguration: the tokenizers differ on a token that both have (the first one is named), or the guide
+            can give no logit to one of the base's end tokens, so that no text would ever end.
+    """
+    for token, (ours, theirs) in enumerate(zip_longest(base.tokens, guide.tokens)):
+        if ours is None or theirs is None:
+            break
+        if ours != theirs:
+            raise InvalidConfiguration(
+                f"guide {guide_name!r} has another tokenizer than the base: token {token} is {theirs!r} in the guide "
+                f"and {ours!r} in the base. Use a guide that was trained from a model with the base's tokenizer."
+            )
+    unreachable = sorted(end for end in base.end_tokens if end >= guide.width)
+    if unreachable:
+        raise InvalidConfiguration(
+            f"guide {guide_name!r} has {guide.width} output columns, too few for the base's end token "
+            f"{unreachable[0]}: no guided text could end. Use a guide whose vocabulary includes it."
+        )
