@@ -1,0 +1,71 @@
+"""Rows as tensors and as bytes, and the count of what has travelled.
+
+Shape legend: R rows, W elements of a row.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class RowFormat:
+    """What every row of a stream looks like."""
+
+    dtype: torch.dtype
+    width: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.width * self.dtype.itemsize
+
+    def check(self, rows_RW: Tensor) -> None:
+        """Raise ValueError unless the tensor holds rows of this format."""
+        if rows_RW.dim() != 2 or rows_RW.shape[1] != self.width or rows_RW.dtype != self.dtype:
+            raise ValueError(
+                f"rows of shape {list(rows_RW.shape)} and {rows_RW.dtype}; the stream carries "
+                f"[R, {self.width}] and {self.dtype}"
+            )
+
+    def encode(self, rows_RW: Tensor) -> bytes:
+        """The rows' bytes, one row after the other."""
+        if rows_RW.numel() == 0:
+            return b""
+        return rows_RW.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+    def decode(self, data: bytes, num_rows: int) -> Tensor:
+        """[R, W] of the bytes of `encode`, in memory of its own.
+
+        Raises ValueError: the number of bytes is not that of so many rows.
+        """
+        if len(data) != num_rows * self.row_bytes:
+            raise ValueError(f"{len(data)} bytes for {num_rows} rows of {self.row_bytes} bytes")
+        rows_RW = torch.empty(num_rows, self.width, dtype=self.dtype)
+        if data:
+            np.copyto(rows_RW.view(torch.uint8).numpy().reshape(-1), np.frombuffer(data, np.uint8))
+        return rows_RW
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Steps answered and bytes of rows, by their way."""
+
+    num_steps_shared_memory: int = 0
+    num_steps_inline: int = 0
+    shared_memory_bytes: int = 0
+    inline_bytes: int = 0
+
+    def count(self, num_bytes: int, *, in_slot: bool) -> None:
+        """Count one answered step."""
+        if in_slot:
+            self.num_steps_shared_memory += 1
+            self.shared_memory_bytes += num_bytes
+        else:
+            self.num_steps_inline += 1
+            self.inline_bytes += num_bytes
