@@ -1,0 +1,77 @@
+"""A model is served only if the engine computes what the model computes by itself.
+
+Checked when an engine starts, on a few tokens: whatever escapes inspection (biases by distance inside an attention,
+positions that a model counts by itself) shows as other logits.
+
+Shapes: P positions, V vocabulary.
+"""
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from actors.engine.attention import IMPLEMENTATION
+from actors.engine.inspection import model_name, unsupported
+from actors.engine.plan import Work
+from cluster.errors import InvalidConfiguration
+
+if TYPE_CHECKING:
+    from actors.engine.engine import Engine
+
+_NUM_TOKENS = 12
+
+_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
+"""Largest difference, relative to the largest logit: far above rounding, far below another attention."""
+
+
+def verify(engine: "Engine", model: PreTrainedModel) -> None:
+    """Compare the engine's logits with the model's own.
+
+    Raises:
+        InvalidConfiguration: they differ, or they are not finite.
+    """
+    num_tokens = min(_NUM_TOKENS, engine.max_context)
+    tokens = [(1 + 7 * i) % engine.num_token_ids for i in range(num_tokens)]
+    expected_PV = _logits_by_model(model, tokens)
+    name = model_name(model)
+    if not expected_PV.isfinite().all():
+        raise InvalidConfiguration(
+            f"model {name}: its logits are not finite in {expected_PV.dtype}. Use another dtype, such as bfloat16."
+        )
+    difference = float((_logits_by_engine(engine, tokens).float() - expected_PV.float()).abs().max())
+    limit = _TOLERANCES[expected_PV.dtype] * float(expected_PV.float().abs().max())
+    if not difference <= limit:
+        raise unsupported(name, f"its logits differ by {difference:.2g} from the model's own, by {limit:.2g} at most")
+
+
+def _logits_by_model(model: PreTrainedModel, tokens: list[int]) -> Tensor:
+    # Eager attention is each architecture's own definition.
+    model.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            logits: Tensor = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0]
+    finally:
+        model.set_attn_implementation(IMPLEMENTATION)
+    return logits.to(model.dtype)
+
+
+def _logits_by_engine(engine: "Engine", tokens: list[int]) -> Tensor:
+    """Return the logits [P, V] of one sequence in chunks, beside a second one if there is room for it."""
+    names = [f"verification {i}" for i in range(min(2, engine.max_sequences))]
+    for name in names:
+        engine.open(name, tokens)
+    # The second sequence starts a chunk later, so that positions and lengths differ within a step.
+    cuts = sorted({0, len(tokens) // 2, len(tokens) - 1, len(tokens)})
+    logits = []
+    for start, stop in pairwise(cuts):
+        chunk = tokens[start:stop]
+        work = [Work(names[0], chunk, range(len(chunk)))]
+        if start > 0:
+            work += [Work(name, tokens[:1], ()) for name in names[1:] if engine.length(name) < engine.max_context]
+        logits.append(engine.step(work))
+    for name in names:
+        engine.close(name)
+    return torch.cat(logits)

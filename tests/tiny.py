@@ -1,0 +1,164 @@
+"""Tiny random models and tokenizers, built in milliseconds, for tests that need real ones.
+
+Every model is seeded, in float32 and in eval mode. Weights are large enough that tokens and positions matter.
+"""
+
+import string
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCABULARY_SIZE = 97
+MAX_POSITIONS = 128
+SLIDING_WINDOW = 5
+
+END_TOKEN = "<end>"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_POSITIONS,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+_GROUPED: dict[str, Any] = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2}
+
+
+def _build(model_class: Any, config: Any, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = model_class(config)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                # Biases start at zero and norms at one; random ones show when they are left out.
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def llama(vocabulary_size: int = VOCABULARY_SIZE, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Return a Llama: rotary positions, grouped queries. `settings` override those of its config."""
+    return _build(LlamaForCausalLM, LlamaConfig(**{**_GROUPED, "vocab_size": vocabulary_size, **settings}), seed)
+
+
+def qwen2(vocabulary_size: int = VOCABULARY_SIZE, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Return a Qwen2: biases on queries, keys and values."""
+    return _build(Qwen2ForCausalLM, Qwen2Config(**{**_GROUPED, "vocab_size": vocabulary_size, **settings}), seed)
+
+
+def qwen3(vocabulary_size: int = VOCABULARY_SIZE, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Return a Qwen3: normalised queries and keys, heads wider than the hidden size suggests."""
+    config = Qwen3Config(**{**_GROUPED, "head_dim": 16, "vocab_size": vocabulary_size, **settings})
+    return _build(Qwen3ForCausalLM, config, seed)
+
+
+def mistral(vocabulary_size: int = VOCABULARY_SIZE, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Return a Mistral whose every layer sees a window of SLIDING_WINDOW tokens."""
+    config = MistralConfig(**{**_GROUPED, "sliding_window": SLIDING_WINDOW, "vocab_size": vocabulary_size, **settings})
+    return _build(MistralForCausalLM, config, seed)
+
+
+def gemma(vocabulary_size: int = VOCABULARY_SIZE, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Return a Gemma: one key-value head for all queries, scaled and tied embeddings."""
+    config = GemmaConfig(
+        **{**_GROUPED, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": vocabulary_size, **settings}
+    )
+    return _build(GemmaForCausalLM, config, seed)
+
+
+def gemma2(vocabulary_size: int = VOCABULARY_SIZE, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Return a Gemma 2: sliding and full layers in turn, capped scores and logits, a scaling of its own."""
+    own = {
+        "head_dim": 16,
+        "sliding_window": SLIDING_WINDOW,
+        "attn_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 7,
+        "vocab_size": vocabulary_size,
+    }
+    return _build(Gemma2ForCausalLM, Gemma2Config(**{**_GROUPED, **own, **settings}), seed)
+
+
+def gemma3(vocabulary_size: int = VOCABULARY_SIZE, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Return a Gemma 3: sliding and full layers with rotary frequencies of their own."""
+    own = {
+        "head_dim": 16,
+        "sliding_window": SLIDING_WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "vocab_size": vocabulary_size,
+    }
+    return _build(Gemma3ForCausalLM, Gemma3TextConfig(**{**_GROUPED, **own, **settings}), seed)
+
+
+def gpt2(vocabulary_size: int = VOCABULARY_SIZE, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Return a GPT-2: learned positions."""
+    return _build(GPT2LMHeadModel, GPT2Config(**{**_COMMON, "vocab_size": vocabulary_size, **settings}), seed)
+
+
+def gpt_neox(vocabulary_size: int = VOCABULARY_SIZE, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Return a GPT-NeoX: rotary positions on a quarter of each head."""
+    own = {"intermediate_size": 48, "vocab_size": vocabulary_size}
+    return _build(GPTNeoXForCausalLM, GPTNeoXConfig(**{**_COMMON, **own, **settings}), seed)
+
+
+ARCHITECTURES: Mapping[str, Callable[..., PreTrainedModel]] = {
+    build.__name__: build for build in (llama, qwen2, qwen3, mistral, gemma, gemma2, gemma3, gpt2, gpt_neox)
+}
+"""Every builder by name, to parametrise tests with."""
+
+
+def tokenizer(vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
+    """Return a character tokenizer with exactly that many tokens, three at least, and a chat template.
+
+    Token 0 is END_TOKEN; then come newline, space, colon, lower-case letters and the other printable ASCII characters,
+    then `<extra N>` tokens that no text yields. Tokenizers of different sizes agree on the tokens that both have.
+    Characters without a token become spaces.
+    """
+    printable = [chr(code) for code in range(33, 127)]
+    characters = dict.fromkeys(["\n", " ", ":", *string.ascii_lowercase, *printable])
+    extra = (f"<extra {i}>" for i in range(vocabulary_size))
+    tokens = [END_TOKEN, *characters, *extra][:vocabulary_size]
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=" "))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_TOKEN)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def save(model: PreTrainedModel, directory: Path, *, with_tokenizer: PreTrainedTokenizerFast | None = None) -> str:
+    """Save a model and a tokenizer of its vocabulary size (or the one given); return the directory as text."""
+    model.save_pretrained(directory)
+    (with_tokenizer or tokenizer(model.config.vocab_size)).save_pretrained(directory)
+    return str(directory)
