@@ -1,0 +1,1 @@
+"""Where actors run and how bytes travel; knows nothing of models."""

@@ -1,0 +1,1 @@
+"""How people reach it: Serve applications, HTTP, the Python client, and jobs."""

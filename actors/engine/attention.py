@@ -1,13 +1,15 @@
 """How a transformers model reaches the engine's cache: one attention function and one mask function.
 
-Both are registered under one name with transformers' `AttentionInterface` and `AttentionMaskInterface`. They hold no
-state: the pass that a forward call belongs to travels through the model as a keyword argument, so that any number of
-engines share a process.
+Both are registered under one name with transformers' `AttentionInterface` and `AttentionMaskInterface`. The pass that a
+forward call belongs to is a context variable, since not every architecture hands unknown keyword arguments down to its
+attention. Threads have contexts of their own, so that any number of engines share a process.
 
 Shapes: N tokens of a step, H query heads, D head width, C positions of a slot, S slots, K key-value heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -16,9 +18,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 IMPLEMENTATION = "trimtab"
 """The name of the attention implementation that an engine sets on its model."""
-
-PASS_ARGUMENT = "trimtab_pass"
-"""The keyword argument of the model's forward call that carries the `AttentionPass`."""
 
 MaskFunction = Callable[[int, int, Tensor, Tensor], Tensor]
 """transformers' index form of a mask: (batch, head, query position, key position) -> may attend."""
@@ -41,11 +40,23 @@ class AttentionPass(Protocol):
         ...
 
 
+_current_pass: ContextVar[AttentionPass] = ContextVar("trimtab_attention_pass")
+
+
+@contextmanager
+def attending(attention_pass: AttentionPass) -> Iterator[None]:
+    """Let the forward calls in this block attend as `attention_pass` does."""
+    token = _current_pass.set(attention_pass)
+    try:
+        yield
+    finally:
+        _current_pass.reset(token)
+
+
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **options: Any
 ) -> tuple[Tensor, None]:
-    attention_pass: AttentionPass = options.pop(PASS_ARGUMENT)
-    return attention_pass.attend(module, query, key, value, attention_mask, options), None
+    return _current_pass.get().attend(module, query, key, value, attention_mask, options), None
 
 
 def _keep_mask_function(*, mask_function: MaskFunction, **_: Any) -> MaskFunction:

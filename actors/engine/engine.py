@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.engine.attention import PASS_ARGUMENT
+from actors.engine.attention import attending
 from actors.engine.cache import LayerCache
+from actors.engine.fingerprint import fingerprint
 from actors.engine.inspection import inspect_model, model_name
 from actors.engine.loading import load_model
 from actors.engine.plan import PlacedWork, StepPlan, Work
@@ -44,6 +45,9 @@ class Engine:
     dtype: torch.dtype
     """Of rows."""
 
+    fingerprint: str
+    """Of the model: engines with equal fingerprints compute the same."""
+
     max_sequences: int
     """Slots: sequences that can be open at once."""
 
@@ -70,6 +74,7 @@ class Engine:
         self.vocabulary_size = inspection.num_columns
         self.num_token_ids = model.get_input_embeddings().weight.shape[0]
         self.dtype = model.dtype
+        self.fingerprint = fingerprint(model)
         self.max_sequences = max_sequences
         self.max_context = max_context
         verify(self, model)
@@ -144,13 +149,13 @@ class Engine:
             open_sequence.num_used = max(open_sequence.num_used, open_sequence.length + len(item.tokens))
         placed = [PlacedWork(item, open_sequence.slot, open_sequence.length) for item, open_sequence in open_work]
         plan = StepPlan(placed, self._caches, self._model.device)
-        output = self._model(
-            input_ids=plan.tokens_N[None],
-            position_ids=plan.positions_N[None],
-            use_cache=False,
-            logits_to_keep=plan.rows_R,
-            **{PASS_ARGUMENT: plan},
-        )
+        with attending(plan):
+            output = self._model(
+                input_ids=plan.tokens_N[None],
+                position_ids=plan.positions_N[None],
+                use_cache=False,
+                logits_to_keep=plan.rows_R,
+            )
         logits: Tensor = output.logits[0].to(self.dtype)
         for item, open_sequence in open_work:
             open_sequence.length += len(item.tokens)

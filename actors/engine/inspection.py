@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from actors.engine.attention import IMPLEMENTATION, PASS_ARGUMENT, MaskFunction
+from actors.engine.attention import IMPLEMENTATION, MaskFunction, attending
 from cluster.errors import InvalidConfiguration
 
 _KNOWN_TENSORS = frozenset({"position_ids", "cache_position"})
@@ -126,13 +126,9 @@ def _forward(model: PreTrainedModel, watch: _Watch, name: str) -> Tensor:
     arguments = {"input_ids": [[0]], "position_ids": [[0]], "attention_mask": [[1]]}
     tensors = {key: torch.tensor(value, device=model.device) for key, value in arguments.items()}
     try:
-        with torch.inference_mode():
-            return model(
-                **tensors,
-                use_cache=False,
-                logits_to_keep=torch.tensor([0], device=model.device),
-                **{PASS_ARGUMENT: watch},
-            ).logits
+        with torch.inference_mode(), attending(watch):
+            keep = torch.tensor([0], device=model.device)
+            return model(**tensors, use_cache=False, logits_to_keep=keep).logits
     except InvalidConfiguration:
         raise
     except Exception as error:

@@ -1,0 +1,53 @@
+# Everything a fresh machine with Python and git needs: `make serve`, `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: serve test check format models proto clean
+
+# The service in the foreground, on http://127.0.0.1:8000; Ctrl-C ends it.
+serve: $(VENV)/installed models
+	$(BIN)/python -m deploy.check deploy.yaml
+	$(BIN)/serve run deploy.yaml
+
+# The whole test suite. TESTS="tests/unit" runs a part of it.
+TESTS ?= tests
+test: $(VENV)/installed-dev models
+	$(BIN)/python -m pytest $(TESTS)
+
+# Format, lint and types.
+check: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy actors cluster deploy tests bench
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The base model and the shipped guides, into models/; skips what is there.
+models: $(VENV)/installed
+	$(BIN)/python -m deploy.models
+
+# The step protocol's generated code.
+proto: $(VENV)/installed-dev
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. cluster/exchange/step.proto
+
+clean:
+	rm -rf $(VENV) models .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Trimtab needs Python 3.11 or newer; name one with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by its exact version: a range would take a build with gigabytes of CUDA.
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) --editable '.[train,dev]'
+	touch $@

@@ -1,0 +1,154 @@
+"""The coordinator's actor: takes requests, leases models for them, and lets lanes write the answers."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from tokenizers import Tokenizer
+
+from actors.coordinator.lane import Lane
+from actors.coordinator.replicas import Replicas
+from actors.coordinator.request import Generation, parse_request
+from actors.coordinator.sequence import LiveSequence, Piece, Voice
+from actors.coordinator.text import TextWriter
+from actors.leases import BaseDescription, Lease, LeaseRequest
+from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings
+from cluster.errors import DeadlineExceeded, InvalidConfiguration, InvalidRequest
+from cluster.exchange import StepStream
+
+T = TypeVar("T")
+
+
+class Coordinator:
+    """A Serve deployment that answers requests for guided text.
+
+    `generate` and `stream` take the fields of `GenerationRequest` as keywords. Both are called through a handle:
+    `serve.get_deployment_handle("Coordinator", "trimtab").generate.remote(prompt="Once", weights={"kind": 1.0})`.
+    """
+
+    def __init__(self, settings: CoordinatorSettings) -> None:
+        self._id = uuid.uuid4().hex
+        self._limits = settings.limits
+        self._guidance = GuidanceSettings()
+        self._replicas = Replicas(self._id, settings.exchange.transport)
+        self._lanes: dict[StepStream, Lane] = {}
+        self._bases: dict[str, tuple[BaseDescription, Tokenizer]] = {}
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take new guides and profiles; sequences that are running end as they began.
+
+        Raises:
+            InvalidConfiguration: the settings cannot be used; the old ones stay.
+        """
+        try:
+            self._guidance = GuidanceSettings.model_validate(user_config)
+        except ValidationError as error:
+            raise InvalidConfiguration(f"user_config of Coordinator: {error}") from error
+
+    async def generate(self, **fields: Any) -> Piece:
+        """Return a whole answer as one piece. Errors are those of `stream`."""
+        text: list[str] = []
+        token_ids: list[int] = []
+        async for piece in self.stream(**fields):
+            text.append(piece["text"])
+            token_ids += piece["token_ids"]
+        return {**piece, "text": "".join(text), "token_ids": token_ids}
+
+    async def stream(self, **fields: Any) -> AsyncGenerator[Piece, None]:
+        """Yield an answer as it is written.
+
+        Raises:
+            InvalidRequest: a field is unknown or impossible.
+            DeadlineExceeded: the answer was not finished in time.
+            ReplicaLost: a model that it needs cannot be had, or was lost.
+        """
+        request = parse_request(self._guidance, fields)
+        deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
+        async with AsyncExitStack() as stack:
+            sequence = await self._within(deadline, stack.enter_async_context(self._live(request)))
+            while True:
+                piece = await self._within(deadline, sequence.read())
+                yield piece
+                if piece["finish_reason"] is not None:
+                    return
+
+    async def _within(self, deadline: float, answer: Awaitable[T]) -> T:
+        # Never around a `yield`: the time that a caller takes to come back is not ours to cancel.
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await answer
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the answer was not finished within {self._limits.deadline_s:g} s") from error
+
+    @asynccontextmanager
+    async def _live(self, request: Generation) -> AsyncIterator[LiveSequence]:
+        """A sequence that takes part in its base's lane."""
+        key = uuid.uuid4().hex
+        async with AsyncExitStack() as leases:
+            granted: dict[str, tuple[Lease, StepStream]] = {}
+            # Guides first, in one order for all, and the base last: two sequences never wait for each other.
+            for name in (*request.weights, NO_GUIDANCE):
+                wanted = LeaseRequest(
+                    coordinator=self._id,
+                    sequence=key,
+                    prompt=request.prompt,
+                    known_bases=frozenset(self._bases),
+                )
+                granted[name] = await leases.enter_async_context(self._replicas.lease(name, wanted))
+            base_lease, base_stream = granted[NO_GUIDANCE]
+            description, tokenizer = self._learn(base_lease)
+            sequence = LiveSequence(
+                key=key,
+                voices=[
+                    Voice(name, request.weights.get(name, 1.0), granted[name][1], list(granted[name][0].prompt_tokens))
+                    for name in (NO_GUIDANCE, *request.weights)
+                ],
+                sampling=request.sampling,
+                max_tokens=_max_tokens(request, {name: lease for name, (lease, _) in granted.items()}),
+                end_tokens=description.end_tokens,
+                writer=TextWriter(tokenizer, request.stop),
+            )
+            lane = self._lane(base_stream)
+            lane.add(sequence)
+            try:
+                yield sequence
+            finally:
+                lane.remove(sequence)
+
+    def _lane(self, base: StepStream) -> Lane:
+        lane = self._lanes.get(base)
+        if lane is None:
+            lane = self._lanes[base] = Lane(self._limits)
+            base.lost.add_done_callback(lambda _: self._lanes.pop(base, None))
+        return lane
+
+    def _learn(self, lease: Lease) -> tuple[BaseDescription, Tokenizer]:
+        """The base's end tokens and tokenizer, which come with the first lease on it."""
+        if lease.description is not None:
+            self._bases[lease.fingerprint] = lease.description, Tokenizer.from_str(lease.description.tokenizer)
+        return self._bases[lease.fingerprint]
+
+    async def __del__(self) -> None:
+        await self._replicas.close()
+
+
+def _max_tokens(request: Generation, leases: Mapping[str, Lease]) -> int:
+    """How many tokens the answer may have.
+
+    Raises:
+        InvalidRequest: prompt and answer would not fit into a model's context.
+    """
+    room = {name: lease.max_context - len(lease.prompt_tokens) for name, lease in leases.items()}
+    if request.max_tokens is None:
+        return min(room.values())
+    for name, lease in leases.items():
+        if request.max_tokens > room[name]:
+            raise InvalidRequest(
+                f"max_tokens: {len(lease.prompt_tokens)} prompt tokens and {request.max_tokens} new ones are more than "
+                f"the context limit of {name!r}, {lease.max_context} tokens; ask for at most {room[name]}",
+                "max_tokens",
+            )
+    return request.max_tokens

@@ -1,0 +1,171 @@
+"""The hot loop: all sequences of one base replica, step by step."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from actors.coordinator.plan import Chunk, plan_step
+from actors.coordinator.sequence import LiveSequence, Replica
+from actors.guidance import draw, merge
+from actors.settings import Limits
+from cluster.errors import DeadlineExceeded, EngineError, ReplicaLost, TrimtabError
+from cluster.exchange import Rows
+
+PATIENCE_S = 0.25
+"""How much longer than twice the step's first answer a replica may take before its sequences are left behind."""
+
+logger = logging.getLogger(__name__)
+
+
+class Lane:
+    """Steps its sequences together: one that arrives joins at the next step, one that ends leaves at once.
+
+    A sequence whose rows are late is left out of a step and joins a later one, so that a replica that hangs holds up
+    only the sequences that use it.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._sequences: list[LiveSequence] = []
+        self._unwritten: list[LiveSequence] = []
+        self._flights: set[asyncio.Task[None]] = set()
+        self._landed: list[Rows] = []
+        self._arrival = asyncio.Event()
+        self._loop: asyncio.Task[None] | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that are being answered."""
+        return len(self._sequences)
+
+    def add(self, sequence: LiveSequence) -> None:
+        """Let a sequence take part from the next step on."""
+        self._sequences.append(sequence)
+        self._arrival.set()
+        if self._loop is None:
+            self._loop = asyncio.create_task(self._run())
+
+    def remove(self, sequence: LiveSequence) -> None:
+        """Take a sequence out, finished or not."""
+        if sequence in self._sequences:
+            self._sequences.remove(sequence)
+        self._arrival.set()
+
+    async def _run(self) -> None:
+        try:
+            while self._sequences:
+                await self._step()
+        except Exception as error:
+            logger.exception("a lane's loop failed")
+            for sequence in self._sequences:
+                sequence.fail(TrimtabError(f"the coordinator's step failed: {error!r}"))
+            self._sequences.clear()
+        finally:
+            self._release_rows()
+            self._loop = None
+
+    async def _step(self) -> None:
+        plan = plan_step(self._sequences, self._limits.max_prompt_tokens_per_step)
+        flights = self._scatter(plan)
+        await asyncio.sleep(0)  # the messages leave before anything else is done
+        self._write()
+        await self._gather(flights)
+        ready = [sequence for sequence in self._sequences if sequence.can_draw]
+        if ready:
+            tokens = await asyncio.to_thread(merge_and_draw, ready)
+            self._commit(ready, tokens)
+        self._release_rows()
+
+    def _scatter(self, plan: dict[Replica, list[Chunk]]) -> set[asyncio.Task[None]]:
+        """Send every replica its part; all of them run at once."""
+        flights = {asyncio.create_task(self._fly(replica, chunks)) for replica, chunks in plan.items()}
+        self._flights |= flights
+        for flight in flights:
+            flight.add_done_callback(self._flights.discard)
+        return flights
+
+    async def _fly(self, replica: Replica, chunks: Sequence[Chunk]) -> None:
+        """Carry one step message there and its rows back."""
+        work = [chunk.work() for chunk in chunks]
+        for chunk in chunks:
+            chunk.voice.num_sent += chunk.num_tokens
+            chunk.voice.in_flight = True
+        try:
+            rows = await replica.step(work, timeout_s=self._limits.step_timeout_s)
+            self._land(chunks, rows)
+        except (ReplicaLost, DeadlineExceeded) as error:
+            for chunk in chunks:
+                chunk.sequence.fail(ReplicaLost(f"{chunk.voice.name} was lost while it was writing: {error}"))
+        except Exception as error:
+            logger.exception("a step message failed")
+            for chunk in chunks:
+                chunk.sequence.fail(TrimtabError(f"a step of {chunk.voice.name} failed: {error}"))
+        finally:
+            for chunk in chunks:
+                chunk.voice.in_flight = False
+
+    def _land(self, chunks: Sequence[Chunk], rows: Rows) -> None:
+        """Hand rows that have come to their voices."""
+        if not any(chunk.sequence.is_live for chunk in chunks):
+            rows.release()
+            return
+        self._landed.append(rows)
+        failures = {failure.sequence: failure for failure in rows.failures}
+        for chunk in chunks:
+            if failure := failures.get(chunk.sequence.key):
+                chunk.sequence.fail(EngineError(f"{chunk.voice.name} could not take a step: {failure.message}"))
+        completing = [chunk for chunk in chunks if chunk.completes and chunk.sequence.key not in failures]
+        for chunk, row in zip(completing, rows.tensor, strict=True):
+            chunk.voice.row = row
+
+    def _write(self) -> None:
+        """Turn the last step's tokens into text while the models compute."""
+        for sequence in self._unwritten:
+            sequence.write()
+        self._unwritten.clear()
+
+    async def _gather(self, flights: set[asyncio.Task[None]]) -> None:
+        """Wait for this step's rows; for late ones of earlier steps, or for a new sequence, if this step has none."""
+        self._sequences = [sequence for sequence in self._sequences if sequence.is_live]
+        if flights:
+            start = asyncio.get_running_loop().time()
+            _, late = await asyncio.wait(flights, return_when=asyncio.FIRST_COMPLETED)
+            elapsed_s = asyncio.get_running_loop().time() - start
+            if late:
+                await asyncio.wait(late, timeout=2 * elapsed_s + PATIENCE_S)
+        elif self._sequences:
+            self._arrival.clear()
+            arrival = asyncio.create_task(self._arrival.wait())
+            await asyncio.wait({arrival, *self._flights}, return_when=asyncio.FIRST_COMPLETED)
+            arrival.cancel()
+
+    def _commit(self, sequences: Sequence[LiveSequence], tokens: Sequence[int]) -> None:
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if sequence.is_live:
+                sequence.commit(token)
+                self._unwritten.append(sequence)
+        self._sequences = [sequence for sequence in self._sequences if sequence.is_live]
+        if not self._sequences:
+            self._write()
+
+    def _release_rows(self) -> None:
+        """Give the slots back; rows that wait for other voices are kept as copies."""
+        if self._landed:
+            for sequence in self._sequences:
+                for voice in sequence.voices:
+                    if voice.row is not None:
+                        voice.row = voice.row.clone()
+            for rows in self._landed:
+                rows.release()
+            self._landed.clear()
+
+
+@torch.inference_mode()
+def merge_and_draw(sequences: Sequence[LiveSequence]) -> list[int]:
+    """Return the next token of each sequence, from the rows of all its voices."""
+    z_BV = merge([sequence.base_row() for sequence in sequences], [sequence.guidance() for sequence in sequences])
+    samplings = [sequence.sampling for sequence in sequences]
+    positions = [len(sequence.output) for sequence in sequences]
+    return draw(z_BV, samplings, positions, [0] * len(sequences)).tolist()

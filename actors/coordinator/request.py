@@ -1,0 +1,165 @@
+"""A request for text: the fields that HTTP and Python callers share, and what they may hold."""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from actors.guidance import Sampling
+from actors.prompts import Message, Prompt
+from actors.settings import NO_GUIDANCE, GuidanceSettings, Weight
+from cluster.errors import InvalidRequest, UnknownModel
+
+MAX_STOP_STRINGS = 16
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class TextPart(BaseModel):
+    """A part of a message's content; only text is taken."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One turn of a conversation, as OpenAI's API has it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | list[TextPart]
+
+    def plain(self) -> Message:
+        """Return the turn with its text in one piece."""
+        content = self.content
+        return Message(
+            role=self.role, content=content if isinstance(content, str) else "".join(part.text for part in content)
+        )
+
+
+class GenerationRequest(BaseModel):
+    """What a caller may ask for. Fields that are absent take the field's usual meaning."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    model: str = NO_GUIDANCE
+    """A profile: a named set of weights."""
+
+    weights: dict[str, Weight] | None = None
+    """Weights by guide, in place of the profile's."""
+
+    max_tokens: int | None = Field(default=None, ge=1)
+    """At most so many tokens; up to the context limit if absent."""
+
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1)
+    """0 and -1 keep all tokens."""
+
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    seed: int | None = None
+    stop: StopString | list[StopString] | None = None
+    """Texts that end the answer; they are not part of it."""
+
+    @field_validator("stop")
+    @classmethod
+    def _bound_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
+            raise ValueError(f"at most {MAX_STOP_STRINGS} stop strings can be given, not {len(stop)}")
+        return stop
+
+    @model_validator(mode="after")
+    def _need_one_prompt(self) -> "GenerationRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A request with every choice made."""
+
+    prompt: Prompt
+    weights: Mapping[str, float]
+    """Of the guides in use, none of them 0, in the order in which they are summed."""
+
+    sampling: Sampling
+    seed: int
+    """As the caller gave it, or as it was chosen."""
+
+    max_tokens: int | None
+    stop: tuple[str, ...]
+
+
+def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any]) -> Generation:
+    """Return what is to be generated.
+
+    Raises:
+        UnknownModel: no such profile.
+        InvalidRequest: a field is unknown, of the wrong type or impossible; `field` names it.
+    """
+    try:
+        request = GenerationRequest.model_validate(dict(fields))
+    except ValidationError as error:
+        raise invalid_request(error) from error
+    seed = secrets.randbits(63) if request.seed is None else request.seed
+    stop = request.stop or ()
+    messages = None if request.messages is None else [message.plain() for message in request.messages]
+    return Generation(
+        prompt=Prompt(text=request.prompt, messages=messages),
+        weights=_choose_weights(guidance, request),
+        sampling=Sampling(
+            temperature=request.temperature,
+            top_k=max(0, request.top_k),
+            top_p=request.top_p,
+            min_p=request.min_p,
+            seed=seed,
+        ),
+        seed=seed,
+        max_tokens=request.max_tokens,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+    )
+
+
+def _choose_weights(guidance: GuidanceSettings, request: GenerationRequest) -> dict[str, float]:
+    if request.model == NO_GUIDANCE:
+        weights: Mapping[str, float] = {}
+    elif request.model in guidance.profiles:
+        weights = guidance.profiles[request.model]
+    else:
+        known = ", ".join([NO_GUIDANCE, *sorted(guidance.profiles)])
+        raise UnknownModel(f"there is no model {request.model!r}; models are: {known}", "model")
+    if request.weights is not None:
+        weights = request.weights
+    unknown = sorted(set(weights) - set(guidance.guides))
+    if unknown:
+        known = ", ".join(sorted(guidance.guides)) or "none"
+        raise InvalidRequest(f"there is no guide {unknown[0]!r}; guides are: {known}", "weights")
+    return {name: float(weights[name]) for name in sorted(weights) if weights[name] != 0}
+
+
+def invalid_request(error: ValidationError | RequestValidationError) -> InvalidRequest:
+    """Return the first of pydantic's complaints as an error that names the field and its value."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return InvalidRequest(f"the body is not JSON: {first['ctx']['error']}")
+    # FastAPI puts "body" before the path.
+    path = [str(part) for part in first["loc"] if part != "body"]
+    field = ".".join(path) or None
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"{field} is not supported; leave it out", field)
+    if first["type"] == "missing":
+        return InvalidRequest(f"{field or 'the body'} is missing", field)
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        return InvalidRequest(f"{field}: {message}" if field else message, field)
+    value = repr(first["input"])
+    shown = value if len(value) <= 80 else f"{value[:77]}..."
+    return InvalidRequest(f"{field or 'the body'}: {first['msg']}, not {shown}", field)

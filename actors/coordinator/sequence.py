@@ -1,0 +1,186 @@
+"""A live sequence: its voices, its tokens, and the text that waits for its reader. Knows nothing of Ray."""
+
+import asyncio
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypedDict
+
+from torch import Tensor
+
+from actors.coordinator.text import TextWriter
+from actors.guidance import Guidance, Sampling
+from cluster.exchange import Rows, Work
+
+FinishReason = Literal["stop", "length"]
+
+
+class Usage(TypedDict):
+    """Token counts, as OpenAI's API names them; the prompt's are the base's."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Piece(TypedDict):
+    """What a sequence wrote since the piece before it. The last one has a finish reason."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    usage: Usage
+    seed: int
+
+
+class Replica(Protocol):
+    """Where a voice's model runs: in service, a `cluster.exchange.StepStream`."""
+
+    async def step(self, work: Sequence[Work], *, timeout_s: float) -> Rows:
+        """Run one step; `Rows` are in the order of `work`."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Voice:
+    """One model's part in a sequence: what it has been sent, and its row for the next token."""
+
+    name: str
+    """A guide's name, or `base`."""
+
+    weight: float
+    """Of a guide; the base's is 1."""
+
+    replica: Replica
+    tokens: list[int]
+    """The prompt in this model's tokens, and the output so far."""
+
+    num_sent: int = 0
+    """How many of them its replica holds, or will hold once the step in flight is done."""
+
+    in_flight: bool = False
+    """Whether a step of this voice is on its way."""
+
+    row: Tensor | None = None
+    """Logits of the next token, once the replica holds all tokens."""
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that the replica does not have yet."""
+        return len(self.tokens) - self.num_sent
+
+    def append(self, token: int) -> None:
+        """Take a drawn token; the row has served."""
+        self.tokens.append(token)
+        self.row = None
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class LiveSequence:
+    """A request that is being answered."""
+
+    key: str
+    """Its name in step messages."""
+
+    voices: Sequence[Voice]
+    """The base's first, then the guides' in the order in which they are summed."""
+
+    sampling: Sampling
+    max_tokens: int
+    end_tokens: Collection[int]
+    writer: TextWriter
+    output: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: BaseException | None = None
+    _num_prompt_tokens: int = field(init=False)
+    _num_written: int = 0
+    _num_read: int = 0
+    _text: list[str] = field(default_factory=list)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._num_prompt_tokens = len(self.voices[0].tokens)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether more tokens are wanted."""
+        return self.finish_reason is None and self.error is None
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether every voice has given its row."""
+        return self.is_live and all(voice.row is not None for voice in self.voices)
+
+    def base_row(self) -> Tensor:
+        """The base's logits for the next token, [V]."""
+        row = self.voices[0].row
+        assert row is not None
+        return row
+
+    def guidance(self) -> list[Guidance]:
+        """The guides' logits for the next token with their weights."""
+        return [Guidance(voice.weight, voice.row) for voice in self.voices[1:] if voice.row is not None]
+
+    def commit(self, token: int) -> None:
+        """Append a drawn token everywhere; end at an end token or at the last that was asked for."""
+        self.output.append(token)
+        for voice in self.voices:
+            voice.append(token)
+        if token in self.end_tokens:
+            self.finish_reason = "stop"
+        elif len(self.output) >= self.max_tokens:
+            self.finish_reason = "length"
+
+    def write(self) -> None:
+        """Turn tokens that were committed into text for the reader; end where a stop string stands."""
+        if self.error is not None or self._num_written == len(self.output):
+            return
+        for token in self.output[self._num_written :]:
+            self._num_written += 1
+            self._put(self.writer.append(token))
+            if self.writer.is_stopped:
+                self.finish_reason = "stop"
+                # A step may have run ahead of the text; what it drew is not part of the answer.
+                del self.output[self._num_written :]
+        if self.finish_reason is not None:
+            self._put(self.writer.finish())
+        self._news.set()
+
+    def _put(self, text: str) -> None:
+        if text:
+            self._text.append(text)
+
+    def fail(self, error: BaseException) -> None:
+        """End without more tokens; the reader gets the error after what was written."""
+        if self.is_live:
+            self.error = error
+            self._news.set()
+
+    async def read(self) -> Piece:
+        """Wait for text and return all there is.
+
+        Raises:
+            TrimtabError: the sequence failed; what it was failed with.
+        """
+        while not (self._text or self._is_written_out):
+            if self.error is not None:
+                raise self.error
+            self._news.clear()
+            await self._news.wait()
+        piece = Piece(
+            text="".join(self._text),
+            token_ids=self.output[self._num_read : self._num_written],
+            finish_reason=self.finish_reason if self._is_written_out else None,
+            usage=Usage(
+                prompt_tokens=self._num_prompt_tokens,
+                completion_tokens=self._num_written,
+                total_tokens=self._num_prompt_tokens + self._num_written,
+            ),
+            seed=self.sampling.seed,
+        )
+        self._num_read = self._num_written
+        self._text.clear()
+        return piece
+
+    @property
+    def _is_written_out(self) -> bool:
+        return self.finish_reason is not None and self._num_written == len(self.output)

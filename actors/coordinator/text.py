@@ -1,0 +1,58 @@
+"""From tokens to text, piece by piece: whole characters only, and nothing of a stop string."""
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+class TextWriter:
+    """Detokenises one answer as it grows.
+
+    Text that may yet turn out to be the beginning of a stop string is held back until it cannot.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.is_stopped = False
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._num_decoded = 0
+        self._held = ""
+
+    def append(self, token: int) -> str:
+        """Take the next token and return the text that is certain because of it, often none."""
+        if self.is_stopped:
+            return ""
+        self._tokens.append(token)
+        return self._release(self._stream.step(self._tokenizer, token) or "")
+
+    def finish(self) -> str:
+        """Return what was held back, with bytes that never became a character shown as U+FFFD."""
+        if self.is_stopped:
+            return ""
+        rest = self._tokenizer.decode(self._tokens, skip_special_tokens=True)[self._num_decoded :]
+        text = self._release(rest) + self._held
+        self._held = ""
+        return text
+
+    def _release(self, text: str) -> str:
+        self._num_decoded += len(text)
+        text = self._held + text
+        found = [position for position in (text.find(stop) for stop in self._stop) if position >= 0]
+        if found:
+            self.is_stopped = True
+            self._held = ""
+            return text[: min(found)]
+        num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,40 @@
+"""A guide's actor: one autoregressive reward model per replica."""
+
+from collections.abc import AsyncGenerator
+
+from ray import serve
+
+from actors.guidance import check_vocabulary
+from actors.leases import Lease, LeaseRequest, Refusal
+from actors.model_server import ModelServer
+from actors.settings import GuideSettings
+from actors.vocabularies import load_tokenizer, read_vocabulary
+
+
+class Guide:
+    """A Serve deployment that leases room on a guide.
+
+    Raises:
+        InvalidConfiguration: at start, before any weight is loaded, when its vocabulary does not fit the base's.
+    """
+
+    def __init__(self, settings: GuideSettings) -> None:
+        tokenizer = load_tokenizer(settings.model)
+        check_vocabulary(
+            read_vocabulary(settings.base, load_tokenizer(settings.base)),
+            read_vocabulary(settings.model, tokenizer),
+            guide_name=serve.get_replica_context().app_name.removeprefix("trimtab-guide-"),
+        )
+        self._server = ModelServer.load(settings, tokenizer)
+
+    async def lease(self, request: LeaseRequest) -> AsyncGenerator[Lease | Refusal, None]:
+        """Hold room for a sequence; see `ModelServer.lease`."""
+        async for item in self._server.lease(request):
+            yield item
+
+    async def check_health(self) -> None:
+        """Raise if steps are no longer run, so that Serve replaces the replica."""
+        self._server.check_health()
+
+    async def __del__(self) -> None:
+        await self._server.stop()

@@ -1,0 +1,150 @@
+"""The typed settings of every application: what `args` and `user_config` in deploy.yaml may hold.
+
+Unknown keys, wrong types and impossible values are errors that name the key. Nothing here loads a model.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+"""Relative model paths start here."""
+
+NO_GUIDANCE = "base"
+"""The profile that every service has: the base model alone."""
+
+MAX_WEIGHT = 1000.0
+"""Largest weight of a guide, either way: far beyond any use, and far from float32's overflow."""
+
+Weight = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Settings(BaseModel):
+    """A frozen group of settings in which every key must be known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Resources(Settings):
+    """What Ray sets aside for one replica."""
+
+    cpus: float = Field(default=1, ge=0)
+    gpus: float = Field(default=0, ge=0)
+    custom: dict[str, float] = {}
+    """Custom Ray resources by name, for placing models on kinds of nodes."""
+
+
+class BaseModelSettings(Settings):
+    """`args` of the application `trimtab-base`."""
+
+    model: str
+    """A directory, relative to the checkout or absolute, or a model's hub id."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights and of the exchanged logits."""
+
+    prompt_template: str | None = None
+    """A Jinja chat template in place of the tokenizer's own; with it, a plain prompt is sent as one user message."""
+
+    max_sequences: int = Field(default=32, ge=1, le=4096)
+    """Live sequences per replica; what comes beyond waits."""
+
+    max_context: int = Field(default=2048, ge=2)
+    """Tokens per sequence, prompt and output together."""
+
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads for the model's operations; torch's own default if absent."""
+
+    resources: Resources = Resources()
+
+    @field_validator("model")
+    @classmethod
+    def _locate(cls, model: str) -> str:
+        return locate_model(model)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch has it."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
+
+    @property
+    def device(self) -> str:
+        """Where the model runs."""
+        return "cuda" if self.resources.gpus else "cpu"
+
+
+class GuideSettings(BaseModelSettings):
+    """`args` of an application `trimtab-guide-<name>`."""
+
+    base: str
+    """The base model that it steers, for the check of the vocabularies."""
+
+    @field_validator("base")
+    @classmethod
+    def _locate_base(cls, model: str) -> str:
+        return locate_model(model)
+
+
+class ExchangeSettings(Settings):
+    """How logits travel to the coordinator."""
+
+    transport: Literal["auto", "shared_memory", "grpc"] = "auto"
+    """auto takes shared memory wherever both ends prove that they see the same."""
+
+
+class Limits(Settings):
+    """How long things may take and how large they may be."""
+
+    deadline_s: float = Field(default=600, gt=0)
+    """From a request's arrival to its last token."""
+
+    step_timeout_s: float = Field(default=60, gt=0)
+    """A replica that takes longer for one step counts as lost."""
+
+    max_prompt_tokens_per_step: int = Field(default=256, ge=1)
+    """Longer prompts are taken in chunks of this size beside the sequences that are decoding."""
+
+
+class CoordinatorSettings(Settings):
+    """`args` of the application `trimtab`."""
+
+    exchange: ExchangeSettings = ExchangeSettings()
+    limits: Limits = Limits()
+
+
+class GuidanceSettings(Settings):
+    """`user_config` of `Gateway` and `Coordinator`: what may change while they run."""
+
+    guides: list[Name] = []
+    profiles: dict[Name, dict[str, Weight]] = {}
+    """Named weights by guide; a request picks one as its `model`."""
+
+    @model_validator(mode="after")
+    def _check_profiles(self) -> "GuidanceSettings":
+        if NO_GUIDANCE in self.profiles:
+            raise ValueError(f"profiles: {NO_GUIDANCE!r} always means no guidance; give the profile another name")
+        for profile, weights in self.profiles.items():
+            for guide in weights:
+                if guide not in self.guides:
+                    raise ValueError(f"profiles.{profile}: there is no guide {guide!r}; guides are {self.guides}")
+        return self
+
+
+def locate_model(model: str) -> str:
+    """Return the absolute path of a model directory, or the hub id as it is.
+
+    A value counts as a path where it exists, or begins with /, ./, ../, ~ or models/; all else is a hub id.
+
+    Raises:
+        ValueError: a path where there is no directory with a config.json.
+    """
+    path = CHECKOUT / Path(model).expanduser()
+    if path.exists() or model.startswith(("/", "./", "../", "~", "models/")):
+        if not (path / "config.json").is_file():
+            remedy = "run `make models`" if path.parent == CHECKOUT / "models" else "check the path"
+            raise ValueError(f"no model at {path} (no config.json there); {remedy}")
+        return str(path.resolve())
+    return model

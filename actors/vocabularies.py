@@ -1,0 +1,42 @@
+"""What a model directory or hub id says of its tokens, without loading its weights."""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from actors.guidance import Vocabulary
+from cluster.errors import InvalidConfiguration
+
+
+def load_tokenizer(model: str) -> Any:
+    """Return a model's fast tokenizer.
+
+    Raises:
+        InvalidConfiguration: it has none.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if not tokenizer.is_fast:
+        raise InvalidConfiguration(
+            f"{model} has no fast tokenizer (tokenizer.json); convert it with transformers first"
+        )
+    return tokenizer
+
+
+def end_tokens(model: str, tokenizer: Any) -> frozenset[int]:
+    """Return the ids that end a text: those of the generation settings, and the tokenizer's own."""
+    config = AutoConfig.from_pretrained(model)
+    try:
+        eos = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        eos = config.eos_token_id
+    ids = eos if isinstance(eos, list) else [eos]
+    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
+
+
+def read_vocabulary(model: str, tokenizer: Any) -> Vocabulary:
+    """Return what guidance must know of a model's vocabulary."""
+    return Vocabulary(
+        tokens=tokenizer.convert_ids_to_tokens(range(len(tokenizer))),
+        width=AutoConfig.from_pretrained(model).get_text_config().vocab_size,
+        end_tokens=end_tokens(model, tokenizer),
+    )

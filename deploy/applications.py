@@ -1,0 +1,49 @@
+"""The Serve applications that deploy.yaml names, built from their `args`."""
+
+from ray import serve
+from ray.serve import Application
+
+from actors.base_model import BaseModel
+from actors.coordinator.coordinator import Coordinator
+from actors.guide import Guide
+from actors.settings import BaseModelSettings, CoordinatorSettings, GuideSettings, Resources
+from deploy.gateway import Gateway
+
+# A coordinator and a gateway hold no model: a small share of a core lets Ray place them anywhere.
+LIGHT = {"num_cpus": 0.1}
+# These batch by themselves; what may run at once is bounded where the models are.
+UNBOUNDED = 100_000
+HEALTH_CHECK = {"health_check_period_s": 2, "health_check_timeout_s": 10}
+
+
+def base(args: BaseModelSettings) -> Application:
+    """`trimtab-base`: the frozen base model."""
+    deployment = serve.deployment(
+        BaseModel,
+        max_ongoing_requests=args.max_sequences,
+        ray_actor_options=_actor_options(args.resources),
+        **HEALTH_CHECK,
+    )
+    return deployment.bind(args)
+
+
+def guide(args: GuideSettings) -> Application:
+    """`trimtab-guide-<name>`: one autoregressive reward model."""
+    deployment = serve.deployment(
+        Guide,
+        max_ongoing_requests=args.max_sequences,
+        ray_actor_options=_actor_options(args.resources),
+        **HEALTH_CHECK,
+    )
+    return deployment.bind(args)
+
+
+def trimtab(args: CoordinatorSettings) -> Application:
+    """`trimtab`: HTTP, and the loop that steers."""
+    light = {"max_ongoing_requests": UNBOUNDED, "ray_actor_options": LIGHT, **HEALTH_CHECK}
+    coordinator = serve.deployment(Coordinator, **light).bind(args)
+    return serve.deployment(Gateway, **light).bind(coordinator)
+
+
+def _actor_options(resources: Resources) -> dict[str, object]:
+    return {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "resources": resources.custom}

@@ -1,0 +1,140 @@
+"""Check a deploy.yaml before anything starts: `python -m deploy.check deploy.yaml`.
+
+Serve starts each application by itself, so that a mistake in one would be found while others load their models. This
+finds the first mistake in any of them, by its path, in seconds and without loading a model.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from ray.serve.schema import ServeDeploySchema
+from transformers import AutoConfig
+
+from actors.guidance import check_vocabulary
+from actors.settings import BaseModelSettings, CoordinatorSettings, GuidanceSettings, GuideSettings
+from actors.vocabularies import load_tokenizer, read_vocabulary
+from cluster.errors import InvalidConfiguration
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+BASE = "trimtab-base"
+GUIDE = "trimtab-guide-"
+TRIMTAB = "trimtab"
+
+ARGS: Mapping[str, type[BaseModel]] = {
+    "deploy.applications:base": BaseModelSettings,
+    "deploy.applications:guide": GuideSettings,
+    "deploy.applications:trimtab": CoordinatorSettings,
+}
+
+
+def check(config: object) -> None:
+    """Check the whole of a parsed deploy.yaml.
+
+    Raises:
+        InvalidConfiguration: the first thing that cannot work, with its path in the file and the remedy.
+    """
+    schema = _validate("", ServeDeploySchema, config)
+    settings: dict[str, BaseModel] = {}
+    for number, application in enumerate(schema.applications):
+        path = f"applications[{number}]"
+        model = ARGS.get(application.import_path)
+        if model is None:
+            known = ", ".join(ARGS)
+            raise InvalidConfiguration(
+                f"{path}.import_path: {application.import_path!r} is none of Trimtab's applications; they are: {known}"
+            )
+        settings[application.name] = _validate(f"{path}.args", model, application.args)
+        for index, deployment in enumerate(application.deployments):
+            if model is CoordinatorSettings and isinstance(deployment.user_config, dict):
+                _validate(f"{path}.deployments[{index}].user_config", GuidanceSettings, deployment.user_config)
+    _check_guides(schema, settings)
+    _check_models(settings)
+
+
+def _validate(path: str, model: type[Settings], value: object) -> Settings:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise InvalidConfiguration("\n".join(_complaints(path, error))) from error
+
+
+def _complaints(path: str, error: ValidationError) -> Iterator[str]:
+    for complaint in error.errors():
+        where = path
+        for part in complaint["loc"]:
+            where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
+        if complaint["type"] == "extra_forbidden":
+            yield f"{where}: there is no such key"
+        elif complaint["type"] == "missing":
+            yield f"{where}: this key is missing"
+        elif complaint["type"] == "value_error":
+            yield f"{where}: {complaint['ctx']['error']}"
+        else:
+            yield f"{where}: {complaint['msg']}, not {complaint['input']!r}"
+
+
+def _check_guides(schema: ServeDeploySchema, settings: Mapping[str, BaseModel]) -> None:
+    """Check that the applications fit together."""
+    for name in (BASE, TRIMTAB):
+        if name not in settings:
+            raise InvalidConfiguration(f"applications: there is none called {name!r}")
+    configured: dict[str, Any] = {}
+    for application in schema.applications:
+        if application.name == TRIMTAB:
+            configured = {deployment.name: deployment.user_config for deployment in application.deployments}
+    for name in ("Gateway", "Coordinator"):
+        guidance = configured.get(name)
+        if not isinstance(guidance, dict):
+            raise InvalidConfiguration(
+                f"applications: the deployment {name!r} of {TRIMTAB!r} needs a user_config with guides and profiles"
+            )
+        for guide in guidance.get("guides", ()):
+            if GUIDE + guide not in settings:
+                raise InvalidConfiguration(
+                    f"applications: the user_config of {name!r} names the guide {guide!r}, "
+                    f"but there is no application {GUIDE + guide!r}"
+                )
+    if configured["Gateway"] != configured["Coordinator"]:
+        raise InvalidConfiguration("applications: Gateway and Coordinator need the same user_config")
+
+
+def _check_models(settings: Mapping[str, BaseModel]) -> None:
+    """Check that models can be read, have enough context, and that the guides' vocabularies fit the base's."""
+    for name, model in settings.items():
+        if isinstance(model, BaseModelSettings):
+            try:
+                longest = getattr(AutoConfig.from_pretrained(model.model), "max_position_embeddings", None)
+            except (OSError, ValueError) as error:
+                raise InvalidConfiguration(f"{name}: the model {model.model!r} cannot be read: {error}") from error
+            if longest is not None and model.max_context > longest:
+                raise InvalidConfiguration(
+                    f"{name}: max_context is {model.max_context}, but {model.model} can take {longest} tokens"
+                )
+        if isinstance(model, GuideSettings):
+            check_vocabulary(
+                read_vocabulary(model.base, load_tokenizer(model.base)),
+                read_vocabulary(model.model, load_tokenizer(model.model)),
+                guide_name=name.removeprefix(GUIDE),
+            )
+
+
+def main() -> None:
+    """Check the file named on the command line; exit 1 with the first mistake."""
+    parser = argparse.ArgumentParser(description="Check a deploy.yaml without starting anything.")
+    parser.add_argument("file", type=Path)
+    file = parser.parse_args().file
+    try:
+        check(yaml.safe_load(file.read_text()))
+    except (OSError, yaml.YAMLError, InvalidConfiguration) as error:
+        sys.exit(f"{file}: {error}")
+    print(f"{file}: fine")
+
+
+if __name__ == "__main__":
+    main()
