@@ -130,8 +130,8 @@ class ModelServer:
     def _check_context(self, tokens: Sequence[int], field: str) -> None:
         if len(tokens) >= self.engine.max_context:
             raise InvalidRequest(
-                f"{field} has {len(tokens)} tokens, but the context limit of {self._replica} is "
-                f"{self.engine.max_context} tokens, prompt and output together; shorten it",
+                f"{field} has {len(tokens)} tokens, but the context limit is {self.engine.max_context} tokens, "
+                "prompt and output together; shorten it",
                 field,
             )
 

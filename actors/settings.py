@@ -4,10 +4,12 @@ Unknown keys, wrong types and impossible values are errors that name the key. No
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cluster.errors import InvalidConfiguration
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 """Relative model paths start here."""
@@ -148,3 +150,15 @@ def locate_model(model: str) -> str:
             raise ValueError(f"no model at {path} (no config.json there); {remedy}")
         return str(path.resolve())
     return model
+
+
+def parse_guidance(user_config: dict[str, Any]) -> GuidanceSettings:
+    """Return the settings that Serve hands to a running replica.
+
+    Raises:
+        InvalidConfiguration: they cannot be used.
+    """
+    try:
+        return GuidanceSettings.model_validate(user_config)
+    except ValidationError as error:
+        raise InvalidConfiguration(f"user_config: {error}") from error

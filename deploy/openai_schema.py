@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from actors.coordinator.request import ChatMessage, StopString
+from actors.coordinator.request import ChatMessage, StopStrings
 from actors.coordinator.sequence import FinishReason, Piece, Usage
 from actors.settings import Weight
+
+ErrorType = Literal["invalid_request_error", "overloaded_error", "server_error"]
 
 
 class Guidance(BaseModel):
@@ -44,7 +46,7 @@ class TextRequest(BaseModel):
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = None
-    stop: StopString | list[StopString] | None = None
+    stop: StopStrings | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     guidance: Guidance | None = None
@@ -149,6 +151,6 @@ class ErrorDetail(BaseModel):
     """What went wrong, as OpenAI's clients read it."""
 
     message: str
-    type: Literal["invalid_request_error", "overloaded_error", "server_error"]
+    type: ErrorType
     param: str | None = None
     code: str | None = None

@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from actors.coordinator.lane import Lane
@@ -15,8 +14,8 @@ from actors.coordinator.request import Generation, parse_request
 from actors.coordinator.sequence import LiveSequence, Piece, Voice
 from actors.coordinator.text import TextWriter
 from actors.leases import BaseDescription, Lease, LeaseRequest
-from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings
-from cluster.errors import DeadlineExceeded, InvalidConfiguration, InvalidRequest
+from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
+from cluster.errors import DeadlineExceeded, InvalidRequest
 from cluster.exchange import StepStream
 
 T = TypeVar("T")
@@ -43,10 +42,7 @@ class Coordinator:
         Raises:
             InvalidConfiguration: the settings cannot be used; the old ones stay.
         """
-        try:
-            self._guidance = GuidanceSettings.model_validate(user_config)
-        except ValidationError as error:
-            raise InvalidConfiguration(f"user_config of Coordinator: {error}") from error
+        self._guidance = parse_guidance(user_config)
 
     async def generate(self, **fields: Any) -> Piece:
         """Return a whole answer as one piece. Errors are those of `stream`."""

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from actors.guidance import Sampling
 from actors.prompts import Message, Prompt
@@ -14,7 +13,12 @@ from actors.settings import NO_GUIDANCE, GuidanceSettings, Weight
 from cluster.errors import InvalidRequest, UnknownModel
 
 MAX_STOP_STRINGS = 16
-StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+StopStrings = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=1000)]],
+    Field(max_length=MAX_STOP_STRINGS),
+    BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
+]
+"""One text or several."""
 
 
 class TextPart(BaseModel):
@@ -65,15 +69,8 @@ class GenerationRequest(BaseModel):
 
     min_p: float = Field(default=0.0, ge=0, le=1)
     seed: int | None = None
-    stop: StopString | list[StopString] | None = None
+    stop: StopStrings = []
     """Texts that end the answer; they are not part of it."""
-
-    @field_validator("stop")
-    @classmethod
-    def _bound_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
-            raise ValueError(f"at most {MAX_STOP_STRINGS} stop strings can be given, not {len(stop)}")
-        return stop
 
     @model_validator(mode="after")
     def _need_one_prompt(self) -> "GenerationRequest":
@@ -108,9 +105,8 @@ def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any]) -> Gene
     try:
         request = GenerationRequest.model_validate(dict(fields))
     except ValidationError as error:
-        raise invalid_request(error) from error
+        raise invalid_request(error.errors()[0]) from error
     seed = secrets.randbits(63) if request.seed is None else request.seed
-    stop = request.stop or ()
     messages = None if request.messages is None else [message.plain() for message in request.messages]
     return Generation(
         prompt=Prompt(text=request.prompt, messages=messages),
@@ -124,7 +120,7 @@ def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any]) -> Gene
         ),
         seed=seed,
         max_tokens=request.max_tokens,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop=tuple(request.stop),
     )
 
 
@@ -145,21 +141,16 @@ def _choose_weights(guidance: GuidanceSettings, request: GenerationRequest) -> d
     return {name: float(weights[name]) for name in sorted(weights) if weights[name] != 0}
 
 
-def invalid_request(error: ValidationError | RequestValidationError) -> InvalidRequest:
-    """Return the first of pydantic's complaints as an error that names the field and its value."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return InvalidRequest(f"the body is not JSON: {first['ctx']['error']}")
-    # FastAPI puts "body" before the path.
-    path = [str(part) for part in first["loc"] if part != "body"]
-    field = ".".join(path) or None
-    if first["type"] == "extra_forbidden":
+def invalid_request(complaint: Mapping[str, Any]) -> InvalidRequest:
+    """Return one of pydantic's complaints as an error that names the field and its value."""
+    field = ".".join(str(part) for part in complaint["loc"]) or None
+    if complaint["type"] == "extra_forbidden":
         return InvalidRequest(f"{field} is not supported; leave it out", field)
-    if first["type"] == "missing":
+    if complaint["type"] == "missing":
         return InvalidRequest(f"{field or 'the body'} is missing", field)
-    if first["type"] == "value_error":
-        message = str(first["ctx"]["error"])
+    if complaint["type"] == "value_error":
+        message = str(complaint["ctx"]["error"])
         return InvalidRequest(f"{field}: {message}" if field else message, field)
-    value = repr(first["input"])
+    value = repr(complaint["input"])
     shown = value if len(value) <= 80 else f"{value[:77]}..."
-    return InvalidRequest(f"{field or 'the body'}: {first['msg']}, not {shown}", field)
+    return InvalidRequest(f"{field or 'the body'}: {complaint['msg']}, not {shown}", field)

@@ -1,0 +1,87 @@
+"""How answers and errors leave the gateway: one table from errors to HTTP, and server-sent events."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from actors.coordinator.request import invalid_request
+from actors.coordinator.sequence import Piece
+from cluster.errors import DeadlineExceeded, InvalidRequest, Overloaded, ReplicaLost, TrimtabError, UnknownModel
+from deploy.openai_schema import Answer, ErrorDetail, ErrorType
+
+STATUS: dict[type[BaseException], tuple[int, ErrorType]] = {
+    UnknownModel: (404, "invalid_request_error"),
+    InvalidRequest: (400, "invalid_request_error"),
+    Overloaded: (429, "overloaded_error"),
+    ReplicaLost: (503, "server_error"),
+    DeadlineExceeded: (504, "server_error"),
+}
+"""HTTP status and OpenAI error type of every error that a caller must tell apart; all others are 500."""
+
+RETRY_AFTER_S = 5
+FAILURES = (TrimtabError, RayError, RayServeException)
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Make the app answer errors as OpenAI's clients expect them. To be called before `serve.ingress` takes the app."""
+    for failure in FAILURES:
+        app.add_exception_handler(failure, _answer_failure)
+    app.add_exception_handler(RequestValidationError, _answer_bad_body)
+
+
+async def stream_events(answer: Answer, first: Piece, pieces: Any, *, with_usage: bool) -> AsyncIterator[str]:
+    """Yield a stream's events; an error after the first token is the last of them.
+
+    Args:
+        answer: forms the chunks.
+        first: the first piece.
+        pieces: the coordinator's streaming call, past its first piece; cancelled when the stream ends.
+        with_usage: whether a last chunk gives the token counts.
+    """
+    piece = first
+    try:
+        yield _event(answer.chunk(piece))
+        async for piece in pieces:
+            yield _event(answer.chunk(piece))
+        if with_usage:
+            yield _event(answer.usage_chunk(piece["usage"]))
+        yield "data: [DONE]\n\n"
+    except FAILURES as error:
+        _, detail = _describe(error)
+        yield _event({"error": detail.model_dump()})
+    finally:
+        pieces.cancel()
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+def _describe(error: BaseException) -> tuple[int, ErrorDetail]:
+    """The HTTP status and body for an error, or for its cause if Ray carried it here."""
+    cause = getattr(error, "cause", None) or error
+    for kind, (status, error_type) in STATUS.items():
+        if isinstance(cause, kind):
+            return status, ErrorDetail(message=str(cause), type=error_type, param=getattr(cause, "field", None))
+    return 500, ErrorDetail(message=f"{type(cause).__name__}: {cause}", type="server_error")
+
+
+async def _answer_failure(_: Request, error: Exception) -> JSONResponse:
+    status, detail = _describe(error)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
+    return JSONResponse({"error": detail.model_dump()}, status, headers)
+
+
+async def _answer_bad_body(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    complaint = error.errors()[0]
+    if complaint["type"] == "json_invalid":
+        return await _answer_failure(request, InvalidRequest(f"the body is not JSON: {complaint['ctx']['error']}"))
+    path = tuple(part for part in complaint["loc"] if part != "body")
+    return await _answer_failure(request, invalid_request({**complaint, "loc": path}))
