@@ -21,6 +21,7 @@ from cluster.exchange.messages import (
     decode_request,
     decode_step,
     encode_failures,
+    encode_reply,
     num_rows,
 )
 from cluster.exchange.rows import DTYPE_NAMES, RowFormat, Traffic
@@ -136,9 +137,9 @@ class Attachment:
                 segment="" if segment is None else str(segment.path),
                 obstacle=obstacle,
             )
-            await self._send(step_pb2.Reply(welcome=welcome))
+            await self._send(encode_reply(step_pb2.Reply(welcome=welcome)))
             if segment is not None:
-                await self._send(step_pb2.Reply(ready=await self._prove(segment)))
+                await self._send(encode_reply(step_pb2.Reply(ready=await self._prove(segment))))
         finally:
             if segment is not None:
                 segment.withdraw()
@@ -180,35 +181,35 @@ class Attachment:
     async def _answer(self, step_id: int, slot: int, step: Step) -> None:
         """Do a step and send its result."""
         try:
-            outcome = await self._handler.step(self.coordinator, step)
-            result = self._result(step_id, slot, step, outcome)
+            reply = self._reply(step_id, slot, step, await self._handler.step(self.coordinator, step))
         except Exception as error:
             logger.warning("a step of coordinator %s failed", self.coordinator, exc_info=True)
             result = step_pb2.Result(id=step_id, error=f"{type(error).__name__}: {error}")
+            reply = encode_reply(step_pb2.Reply(result=result))
         self._busy_slots.discard(slot)
         with contextlib.suppress(grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):  # the stream is over
-            await self._send(step_pb2.Reply(result=result))
+            await self._send(reply)
 
-    def _result(self, step_id: int, slot: int, step: Step, outcome: StepRows) -> step_pb2.Result:
+    def _reply(self, step_id: int, slot: int, step: Step, outcome: StepRows) -> bytes:
+        """The message that answers a step, its rows in it or in the slot."""
         row_format, rows_RW = self._terms.row_format, outcome.tensor
         row_format.check(rows_RW)
         expected = num_rows(step.work, outcome.failures)
         if len(rows_RW) != expected:
             raise ValueError(f"the handler gave {len(rows_RW)} rows for {expected}")
-        in_slot = self._slots is not None and slot != NO_SLOT and expected > 0
-        result = step_pb2.Result(
-            id=step_id, num_rows=expected, in_slot=in_slot, failures=encode_failures(outcome.failures)
-        )
-        if in_slot and self._slots is not None:
+        result = step_pb2.Result(id=step_id, num_rows=expected, failures=encode_failures(outcome.failures))
+        rows = None
+        if self._slots is not None and slot != NO_SLOT and expected > 0:
+            result.in_slot = True
             self._slots.rows(slot, expected).copy_(rows_RW.detach())
         else:
-            result.rows = row_format.encode(rows_RW)
-        self._traffic.count(expected * row_format.row_bytes, in_slot=in_slot)
-        return result
+            rows = row_format.encode(rows_RW)
+        self._traffic.count(expected * row_format.row_bytes, in_slot=result.in_slot)
+        return encode_reply(step_pb2.Reply(result=result), rows)
 
-    async def _send(self, reply: step_pb2.Reply) -> None:
+    async def _send(self, reply: bytes) -> None:
         async with self._writing:
-            await self._context.write(reply.SerializeToString())
+            await self._context.write(reply)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

@@ -36,6 +36,8 @@ def _pings(keepalive_s: float) -> Options:
     return [
         ("grpc.keepalive_time_ms", half_ms),
         ("grpc.keepalive_timeout_ms", half_ms),
+        # Without this one a ping without an answer is borne for a minute, whatever the timeout above says.
+        ("grpc.http2.ping_timeout_ms", half_ms),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", half_ms // 2),

@@ -154,6 +154,31 @@ def decode_reply(data: bytes) -> step_pb2.Reply:
     return reply
 
 
+def encode_reply(reply: step_pb2.Reply, rows: memoryview | None = None) -> bytes:
+    """A Reply; `rows` become those of its Result.
+
+    Rows put into the message itself would be copied three times on their way out, which costs more than sending them.
+    So they are put behind it in protobuf's encoding: a message that is continued is merged with what came before
+    (https://protobuf.dev/programming-guides/encoding/#last-one-wins).
+    """
+    message = reply.SerializeToString()
+    if not rows:
+        return message
+    field = _field_start(step_pb2.Result.ROWS_FIELD_NUMBER, rows.nbytes)
+    return b"".join((message, _field_start(step_pb2.Reply.RESULT_FIELD_NUMBER, len(field) + rows.nbytes), field, rows))
+
+
+def _field_start(number: int, num_bytes: int) -> bytes:
+    """What precedes the bytes of a length-delimited field: its tag and its length, as varints."""
+    start = bytearray()
+    for value in (number << 3 | 2, num_bytes):
+        while value > 0x7F:
+            start.append(value & 0x7F | 0x80)
+            value >>= 7
+        start.append(value)
+    return bytes(start)
+
+
 def encode_failures(failures: Iterable[Failure]) -> list[step_pb2.Failure]:
     """Failures as messages."""
     return [step_pb2.Failure(sequence=item.sequence, kind=item.kind, message=item.message) for item in failures]

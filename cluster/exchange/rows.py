@@ -33,11 +33,11 @@ class RowFormat:
                 f"[R, {self.width}] and {self.dtype}"
             )
 
-    def encode(self, rows_RW: Tensor) -> bytes:
-        """The rows' bytes, one row after the other."""
+    def encode(self, rows_RW: Tensor) -> memoryview:
+        """The rows' bytes, one row after the other; of the tensor itself if it lies so in the processor's memory."""
         if rows_RW.numel() == 0:
-            return b""
-        return rows_RW.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            return memoryview(b"")
+        return rows_RW.detach().cpu().contiguous().view(torch.uint8).view(-1).numpy().data
 
     def decode(self, data: bytes, num_rows: int) -> Tensor:
         """[R, W] of the bytes of `encode`, in memory of its own.
@@ -48,7 +48,7 @@ class RowFormat:
             raise ValueError(f"{len(data)} bytes for {num_rows} rows of {self.row_bytes} bytes")
         rows_RW = torch.empty(num_rows, self.width, dtype=self.dtype)
         if data:
-            np.copyto(rows_RW.view(torch.uint8).numpy().reshape(-1), np.frombuffer(data, np.uint8))
+            np.copyto(rows_RW.view(torch.uint8).view(-1).numpy(), np.frombuffer(data, np.uint8))
         return rows_RW
 
 

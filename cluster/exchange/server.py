@@ -19,6 +19,8 @@ from cluster.exchange.segment import SHARED_MEMORY, sweep
 
 logger = logging.getLogger(__name__)
 
+STOP_GRACE_S = 1.0  # for the streams' last words to be sent; all of them are over by then
+
 
 class StepServer:
     """Hands the steps of any number of coordinators to one handler. Lives on one event loop."""
@@ -85,6 +87,7 @@ class StepServer:
         try:
             self._port = server.add_insecure_port(self.address)
         except RuntimeError as error:
+            await server.stop(None)
             raise InvalidConfiguration(f"cannot listen on {self._host}: {error}") from error
         await server.start()
         self._server = server
@@ -97,7 +100,7 @@ class StepServer:
         while self._attachments:
             await next(iter(self._attachments.values())).detached.wait()
         if self._server is not None:
-            await self._server.stop(None)
+            await self._server.stop(STOP_GRACE_S)
             self._server = None
 
     def attached(self, coordinator: str) -> bool:

@@ -174,6 +174,7 @@ class StepStream:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._call.cancel()
         await self._channel.close()
         self._slots = None
 
