@@ -1,0 +1,133 @@
+"""A local Ray cluster with a dashboard, and services deployed on it from a deploy.yaml as users write one."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from openai import OpenAI
+from ray import serve
+
+START_TIMEOUT_S = 240
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Service:
+    """Where a service that is ready can be reached."""
+
+    port: int
+    dashboard: str
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def openai(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def model_args(model: str, **more: Any) -> dict[str, Any]:
+    return {
+        "model": model,
+        "max_sequences": 24,
+        "max_context": 128,
+        "threads": 1,
+        "resources": {"cpus": 0.1},
+        **more,
+    }
+
+
+def service_config(
+    base: dict[str, Any],
+    guides: dict[str, dict[str, Any]],
+    *,
+    profiles: dict[str, dict[str, float]] | None = None,
+    **args: Any,
+) -> dict[str, Any]:
+    """A deploy.yaml: the base's args, each guide's, and those of the coordinator."""
+    user_config = {"guides": list(guides), "profiles": profiles or {}}
+    models = [
+        {"name": "trimtab-base", "import_path": "deploy.applications:base", "args": base},
+        *(
+            {"name": f"trimtab-guide-{name}", "import_path": "deploy.applications:guide", "args": guide}
+            for name, guide in guides.items()
+        ),
+    ]
+    trimtab = {
+        "name": "trimtab",
+        "route_prefix": "/",
+        "import_path": "deploy.applications:trimtab",
+        "args": args,
+        "deployments": [{"name": name, "user_config": user_config} for name in ("Gateway", "Coordinator")],
+    }
+    return {"applications": [*({**model, "route_prefix": None} for model in models), trimtab]}
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Service]:
+    """A one-node Ray cluster; the service on it is whatever was deployed last."""
+    port, dashboard_port = free_port(), free_port()
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=True,
+        dashboard_port=dashboard_port,
+        object_store_memory=100 * 2**20,
+        log_to_driver=False,
+    )
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        yield Service(port, f"http://127.0.0.1:{dashboard_port}")
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+Deploy = Callable[[dict[str, Any]], Service]
+
+
+@pytest.fixture(scope="session")
+def deploy(cluster: Service, tmp_path_factory: pytest.TempPathFactory) -> Deploy:
+    """`serve deploy`, then wait until every application runs."""
+
+    def deploy_and_wait(config: dict[str, Any]) -> Service:
+        path = tmp_path_factory.mktemp("deploy") / "deploy.yaml"
+        http_options = {"host": "127.0.0.1", "port": cluster.port}
+        path.write_text(yaml.safe_dump({"http_options": http_options, **config}))
+        subprocess.run(
+            [BIN / "serve", "deploy", path, "--address", cluster.dashboard],
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+        statuses = wait_for_applications({application["name"] for application in config["applications"]})
+        assert statuses == dict.fromkeys(statuses, "RUNNING"), serve.status()
+        return cluster
+
+    return deploy_and_wait
+
+
+def wait_for_applications(names: set[str]) -> dict[str, str]:
+    """Wait until every application has come up or failed; return their statuses."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        applications = serve.status().applications
+        statuses = {name: str(status.status.value) for name, status in applications.items()}
+        if set(statuses) == names and not {"DEPLOYING", "NOT_STARTED", "DELETING"} & set(statuses.values()):
+            return statuses
+        assert time.monotonic() < deadline, serve.status()
+        time.sleep(0.25)
