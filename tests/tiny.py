@@ -138,6 +138,12 @@ ARCHITECTURES: Mapping[str, Callable[..., PreTrainedModel]] = {
 """Every builder by name, to parametrise tests with."""
 
 
+def talkative(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a Llama changed so that it rarely draws the end token, and never greedily."""
+    model.get_output_embeddings().weight.data[0] = 0
+    return model
+
+
 def tokenizer(vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
     """Return a character tokenizer with exactly that many tokens, three at least, and a chat template.
 

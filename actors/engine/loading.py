@@ -1,6 +1,7 @@
 """Loading a model for an engine: from a directory or the hub, safetensors only, no code of the model's own."""
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.engine.attention import IMPLEMENTATION
@@ -23,16 +24,24 @@ def load_model(model: str, *, dtype: torch.dtype, device: str | torch.device) ->
     if dtype not in DTYPES:
         raise InvalidConfiguration(f"dtype: {dtype} is not one of {', '.join(map(str, DTYPES))}")
     try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded, info = AutoModelForCausalLM.from_pretrained(
             model,
             dtype=dtype,
             attn_implementation=IMPLEMENTATION,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise InvalidConfiguration(
             f"model: {model!r} cannot be loaded: {error} Give the directory or hub id of a causal language model "
             "with safetensors weights."
         ) from error
-    return loaded.to(device)
+    if missing := sorted(info["missing_keys"]):
+        # transformers fills them with random numbers.
+        raise InvalidConfiguration(
+            f"model: {model!r} lacks {len(missing)} of the weights of {type(loaded).__name__}, {missing[0]} first. "
+            "Save the whole model again."
+        )
+    on_device: PreTrainedModel = loaded.to(device)
+    return on_device

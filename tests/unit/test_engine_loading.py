@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.bloom import BloomConfig
 from transformers.models.deepseek_v3 import DeepseekV3Config
@@ -65,6 +66,25 @@ def test_weights_that_could_run_code_are_refused(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(InvalidConfiguration, match="safetensors"):
         Engine.load(str(tmp_path), dtype=torch.float32, max_sequences=1, max_context=8)
+
+
+def test_missing_weights_are_never_made_up(tmp_path: Path) -> None:
+    directory = tiny.save(tiny.llama(), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidConfiguration, match=r"lacks 1 of the weights .*layers\.1\.mlp\.up_proj\.weight"):
+        Engine.load(directory, dtype=torch.float32, max_sequences=1, max_context=8)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("model.safetensors", "damaged"), ("config.json", "{"), ("config.json", "{}")]
+)
+def test_a_damaged_model_is_refused(tmp_path: Path, file: str, content: str) -> None:
+    directory = tiny.save(tiny.llama(), tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(InvalidConfiguration, match=f"{directory}.* cannot be loaded"):
+        Engine.load(directory, dtype=torch.float32, max_sequences=1, max_context=8)
 
 
 @pytest.mark.parametrize(
