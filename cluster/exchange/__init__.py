@@ -16,7 +16,8 @@ read it back sees the same memory, whatever node or container it is in; the file
 then grown to its slots through the open descriptor, so nothing is left behind, whoever dies. Each step names a free
 slot; the replica writes the rows there, the coordinator reads them in place and frees the slot with `Rows.release`.
 
-**Inline.** Rows travel in the Result when there are no slots, when none is free, or when the rows do not fit into one.
+**Inline.** Rows travel in the Result when there are no slots, when none is free, or when the rows do not fit into one;
+all but the last half megabyte of them go ahead as Parts.
 
 **Order.** A stream's steps are handed to the handler in the order in which they were sent; results come in any order.
 
@@ -26,14 +27,15 @@ replaces the older one, which is detached first. Both ends ping each other, so a
 within `keepalive_s`; a step whose answer is late is the business of its own `timeout_s`.
 
 Messages are step.proto's. `messages` turns them into plain values and checks them, `segment` holds the shared memory,
-`rows` turns tensors into bytes, `attachment` is one stream on the replica's side and `server` all of them,
-`stream` is the coordinator's side.
+`rows` turns tensors into bytes and `channel` has gRPC's settings. On the replica's side `attachment` is one stream and
+`server` all of them; on the coordinator's, `stream` is one, begun by `handshake`, and `answer` what it brings.
 """
 
+from cluster.exchange.answer import Rows
 from cluster.exchange.messages import Failure, Step, StepHandler, StepRows, Work
 from cluster.exchange.rows import Traffic
 from cluster.exchange.server import StepServer
-from cluster.exchange.stream import Rows, StepStream, Transport
+from cluster.exchange.stream import StepStream, Transport
 
 __all__ = [
     "Failure",

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from cluster.exchange.messages import (
     decode_step,
     encode_failures,
     encode_reply,
+    encode_rows,
     num_rows,
 )
 from cluster.exchange.rows import DTYPE_NAMES, RowFormat, Traffic
@@ -181,31 +182,33 @@ class Attachment:
     async def _answer(self, step_id: int, slot: int, step: Step) -> None:
         """Do a step and send its result."""
         try:
-            reply = self._reply(step_id, slot, step, await self._handler.step(self.coordinator, step))
+            messages = self._messages(step_id, slot, step, await self._handler.step(self.coordinator, step))
         except Exception as error:
             logger.warning("a step of coordinator %s failed", self.coordinator, exc_info=True)
             result = step_pb2.Result(id=step_id, error=f"{type(error).__name__}: {error}")
-            reply = encode_reply(step_pb2.Reply(result=result))
+            messages = iter([encode_reply(step_pb2.Reply(result=result))])
         self._busy_slots.discard(slot)
         with contextlib.suppress(grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):  # the stream is over
-            await self._send(reply)
+            for message in messages:
+                await self._send(message)
 
-    def _reply(self, step_id: int, slot: int, step: Step, outcome: StepRows) -> bytes:
-        """The message that answers a step, its rows in it or in the slot."""
+    def _messages(self, step_id: int, slot: int, step: Step, outcome: StepRows) -> Iterator[bytes]:
+        """What answers a step, its rows in it or in the slot.
+
+        Raises ValueError: the handler's rows are not those of the step.
+        """
         row_format, rows_RW = self._terms.row_format, outcome.tensor
         row_format.check(rows_RW)
         expected = num_rows(step.work, outcome.failures)
         if len(rows_RW) != expected:
             raise ValueError(f"the handler gave {len(rows_RW)} rows for {expected}")
         result = step_pb2.Result(id=step_id, num_rows=expected, failures=encode_failures(outcome.failures))
-        rows = None
         if self._slots is not None and slot != NO_SLOT and expected > 0:
             result.in_slot = True
             self._slots.rows(slot, expected).copy_(rows_RW.detach())
-        else:
-            rows = row_format.encode(rows_RW)
         self._traffic.count(expected * row_format.row_bytes, in_slot=result.in_slot)
-        return encode_reply(step_pb2.Reply(result=result), rows)
+        reply = step_pb2.Reply(result=result)
+        return iter([encode_reply(reply)]) if result.in_slot else encode_rows(reply, row_format.encode(rows_RW))
 
     async def _send(self, reply: bytes) -> None:
         async with self._writing:

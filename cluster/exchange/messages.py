@@ -3,7 +3,7 @@
 What arrives from the other end is checked here: a message that cannot be meant raises `Malformed`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ METHOD = "Steps"
 SERVICE = "trimtab.exchange.StepExchange"
 
 NO_SLOT = -1
+PART_BYTES = 2**19
 
 
 class Malformed(Exception):
@@ -154,18 +155,34 @@ def decode_reply(data: bytes) -> step_pb2.Reply:
     return reply
 
 
-def encode_reply(reply: step_pb2.Reply, rows: memoryview | None = None) -> bytes:
-    """A Reply; `rows` become those of its Result.
+def encode_reply(reply: step_pb2.Reply) -> bytes:
+    """A Reply as bytes."""
+    return reply.SerializeToString()
 
-    Rows put into the message itself would be copied three times on their way out, which costs more than sending them.
-    So they are put behind it in protobuf's encoding: a message that is continued is merged with what came before
+
+def encode_rows(reply: step_pb2.Reply, rows: memoryview) -> Iterator[bytes]:
+    """A Reply with a Result that brings `rows`: its last message, after as many Parts as it takes.
+
+    Parts keep the memory that a message passes through small enough to be used again for the next one: fresh pages
+    would cost more time than all copies together. Other results may go between them.
+    """
+    result = reply.result
+    while len(rows) > PART_BYTES:
+        part = step_pb2.Reply(part=step_pb2.Part(id=result.id))
+        yield _with_rows(part, step_pb2.Reply.PART_FIELD_NUMBER, step_pb2.Part.ROWS_FIELD_NUMBER, rows[:PART_BYTES])
+        rows = rows[PART_BYTES:]
+    yield _with_rows(reply, step_pb2.Reply.RESULT_FIELD_NUMBER, step_pb2.Result.ROWS_FIELD_NUMBER, rows)
+
+
+def _with_rows(reply: step_pb2.Reply, body: int, field: int, rows: memoryview) -> bytes:
+    """A Reply as bytes, with `rows` as a field of its body.
+
+    Put into the message they would be copied three times on their way out. So they are put behind it in protobuf's
+    encoding: a message that is continued is merged with what came before
     (https://protobuf.dev/programming-guides/encoding/#last-one-wins).
     """
-    message = reply.SerializeToString()
-    if not rows:
-        return message
-    field = _field_start(step_pb2.Result.ROWS_FIELD_NUMBER, rows.nbytes)
-    return b"".join((message, _field_start(step_pb2.Reply.RESULT_FIELD_NUMBER, len(field) + rows.nbytes), field, rows))
+    start = _field_start(field, len(rows))
+    return b"".join((reply.SerializeToString(), _field_start(body, len(start) + len(rows)), start, rows))
 
 
 def _field_start(number: int, num_bytes: int) -> bytes:

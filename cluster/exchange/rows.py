@@ -39,17 +39,35 @@ class RowFormat:
             return memoryview(b"")
         return rows_RW.detach().cpu().contiguous().view(torch.uint8).view(-1).numpy().data
 
-    def decode(self, data: bytes, num_rows: int) -> Tensor:
-        """[R, W] of the bytes of `encode`, in memory of its own.
+
+class IncomingRows:
+    """Rows that arrive as bytes, in pieces, and are put together in memory of their own."""
+
+    def __init__(self, row_format: RowFormat, max_rows: int) -> None:
+        self._row_format = row_format
+        self._rows_RW = torch.empty(max_rows, row_format.width, dtype=row_format.dtype)
+        self._buffer = self._rows_RW.view(torch.uint8).view(-1).numpy()
+        self._num_bytes = 0
+
+    def add(self, piece: bytes) -> None:
+        """Take the next piece.
+
+        Raises ValueError: there are more bytes than there may be rows.
+        """
+        end = self._num_bytes + len(piece)
+        if end > self._buffer.size:
+            raise ValueError(f"{end} bytes of rows, of which there may be {self._buffer.size}")
+        self._buffer[self._num_bytes : end] = np.frombuffer(piece, np.uint8)
+        self._num_bytes = end
+
+    def finish(self, num_rows: int) -> Tensor:
+        """[R, W]: all that has arrived.
 
         Raises ValueError: the number of bytes is not that of so many rows.
         """
-        if len(data) != num_rows * self.row_bytes:
-            raise ValueError(f"{len(data)} bytes for {num_rows} rows of {self.row_bytes} bytes")
-        rows_RW = torch.empty(num_rows, self.width, dtype=self.dtype)
-        if data:
-            np.copyto(rows_RW.view(torch.uint8).view(-1).numpy(), np.frombuffer(data, np.uint8))
-        return rows_RW
+        if self._num_bytes != num_rows * self._row_format.row_bytes:
+            raise ValueError(f"{self._num_bytes} bytes for {num_rows} rows of {self._row_format.row_bytes} bytes")
+        return self._rows_RW[:num_rows]
 
 
 @dataclass(slots=True)

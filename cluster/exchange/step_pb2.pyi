@@ -61,14 +61,16 @@ class Work(_message.Message):
     def __init__(self, sequence: _Optional[str] = ..., length: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Reply(_message.Message):
-    __slots__ = ("welcome", "ready", "result")
+    __slots__ = ("welcome", "ready", "result", "part")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     ready: Ready
     result: Result
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...
+    part: Part
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., part: _Optional[_Union[Part, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("dtype", "row_width", "segment", "obstacle")
@@ -109,6 +111,14 @@ class Result(_message.Message):
     failures: _containers.RepeatedCompositeFieldContainer[Failure]
     error: str
     def __init__(self, id: _Optional[int] = ..., num_rows: _Optional[int] = ..., in_slot: _Optional[bool] = ..., rows: _Optional[bytes] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., error: _Optional[str] = ...) -> None: ...
+
+class Part(_message.Message):
+    __slots__ = ("id", "rows")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    rows: bytes
+    def __init__(self, id: _Optional[int] = ..., rows: _Optional[bytes] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("sequence", "kind", "message")

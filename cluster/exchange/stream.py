@@ -1,18 +1,16 @@
 """The coordinator's end of a stream: steps out, rows in."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import grpc
-from torch import Tensor
 
 from cluster.errors import DeadlineExceeded, EngineError, InvalidConfiguration, ReplicaLost
 from cluster.exchange import step_pb2
+from cluster.exchange.answer import Outstanding, Rows
 from cluster.exchange.channel import MAX_REQUEST_BYTES, channel_options
 from cluster.exchange.handshake import Ended, receive, send, shake_hands
 from cluster.exchange.messages import (
@@ -20,11 +18,9 @@ from cluster.exchange.messages import (
     NO_SLOT,
     SERVICE,
     VERSION,
-    Failure,
     Malformed,
     Step,
     Work,
-    decode_failures,
     encode_step,
     num_rows,
 )
@@ -32,51 +28,6 @@ from cluster.exchange.rows import RowFormat, Traffic
 from cluster.exchange.segment import SHARED_MEMORY, Slots
 
 Transport = Literal["auto", "shared_memory", "grpc"]
-
-
-class Rows:
-    """What a step brought back. A context manager: leaving it gives the slot back."""
-
-    def __init__(
-        self, tensor: Tensor, work: Sequence[Work], failures: tuple[Failure, ...], give_back: Callable[[], None] | None
-    ) -> None:
-        self.tensor = tensor
-        """[R, W], in the order of the step's work, then of `Work.rows`, without the failed sequences. In a slot it is
-        the shared memory itself: it may be changed in place, and is not to be touched after `release`."""
-        self.failures = failures
-        self._work = work
-        self._give_back = give_back
-
-    def spans(self) -> dict[str, slice]:
-        """Where in `tensor` each sequence's rows are; a failed sequence has no entry."""
-        failed = {failure.sequence for failure in self.failures}
-        spans, start = {}, 0
-        for item in self._work:
-            if item.sequence not in failed:
-                spans[item.sequence] = slice(start, start + len(item.rows))
-                start += len(item.rows)
-        return spans
-
-    def release(self) -> None:
-        """Give the slot back; doing so again is no error. Rows that are never released keep their slot."""
-        if self._give_back is not None:
-            self._give_back()
-            self._give_back = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-@dataclass(slots=True)
-class _Outstanding:
-    """A step that waits for its result. Its answer is done early when nobody waits for it any more."""
-
-    step: Step
-    slot: int
-    answer: asyncio.Future[Rows] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class StepStream:
@@ -94,7 +45,7 @@ class StepStream:
         self._call = call
         self._slots = slots
         self._free_slots = [] if slots is None else list(range(slots.layout.num_slots))
-        self._outstanding: dict[int, _Outstanding] = {}
+        self._outstanding: dict[int, Outstanding] = {}
         self._last_id = 0
         self._requests: asyncio.Queue[bytes] = asyncio.Queue()
         self._tasks = [asyncio.create_task(self._send()), asyncio.create_task(self._receive())]
@@ -178,7 +129,7 @@ class StepStream:
         await self._channel.close()
         self._slots = None
 
-    def _start(self, step: Step) -> _Outstanding:
+    def _start(self, step: Step) -> Outstanding:
         """Number a step, find it a slot and queue it."""
         wanted = num_rows(step.work)
         has_slot = self._slots is not None and wanted > 0 and self._slots.fits(wanted) and bool(self._free_slots)
@@ -192,7 +143,8 @@ class StepStream:
         self._last_id += 1
         if slot != NO_SLOT:
             self._free_slots.pop()
-        outstanding = self._outstanding[self._last_id] = _Outstanding(step, slot)
+        outstanding = Outstanding(step, slot, self.row_format, self._slots, self._free_slots.append)
+        self._outstanding[self._last_id] = outstanding
         self._requests.put_nowait(request)
         return outstanding
 
@@ -204,52 +156,35 @@ class StepStream:
     async def _receive(self) -> None:
         try:
             while True:
-                reply = await receive(self._call)
-                if reply.WhichOneof("body") != "result":
-                    raise Malformed(f"a {reply.WhichOneof('body')} where results are expected")
-                self._take(reply.result)
+                self._take(await receive(self._call))
         except (Ended, Malformed) as error:
             self._lose(str(error))
         except Exception as error:
             self._lose(f"its results cannot be read: {error!r}")
             raise
 
-    def _take(self, result: step_pb2.Result) -> None:
-        """Match a result with its step.
+    def _take(self, reply: step_pb2.Reply) -> None:
+        """Match a message with its step.
 
-        Raises Malformed: it cannot be the answer to a step under way.
+        Raises Malformed: it cannot belong to the answer to a step under way.
         """
-        outstanding = self._outstanding.get(result.id)
+        kind = reply.WhichOneof("body")
+        if kind not in ("part", "result"):
+            raise Malformed(f"a {kind} where results are expected")
+        step_id = reply.part.id if kind == "part" else reply.result.id
+        outstanding = self._outstanding.get(step_id)
         if outstanding is None:
-            raise Malformed(f"a result of step {result.id}, which is not under way")
-        answer, rows = outstanding.answer, None
-        if not answer.done() and not result.error:
-            rows = self._rows(result, outstanding)
-        del self._outstanding[result.id]
-        if outstanding.slot != NO_SLOT and (rows is None or not result.in_slot):
+            raise Malformed(f"a {kind} of step {step_id}, which is not under way")
+        if kind == "part":
+            outstanding.add(reply.part.rows)
+            return
+        has_slot = outstanding.finish(reply.result)
+        del self._outstanding[step_id]
+        if outstanding.slot != NO_SLOT and not has_slot:
             self._free_slots.append(outstanding.slot)
-        if rows is not None:
-            answer.set_result(rows)
-        elif not answer.done():
-            answer.set_exception(EngineError(f"the replica at {self.address} could not do a step: {result.error}"))
-
-    def _rows(self, result: step_pb2.Result, outstanding: _Outstanding) -> Rows:
-        failures, slot, work = decode_failures(result), outstanding.slot, outstanding.step.work
-        if result.num_rows != num_rows(work, failures):
-            raise Malformed(f"{result.num_rows} rows for step {result.id}, which wants {num_rows(work, failures)}")
-        give_back: Callable[[], None] | None = None
-        if result.in_slot:
-            if self._slots is None or slot == NO_SLOT or result.num_rows == 0:
-                raise Malformed(f"rows of step {result.id} in a slot that it does not have")
-            tensor = self._slots.rows(slot, result.num_rows)
-            give_back = partial(self._free_slots.append, slot)
-        else:
-            try:
-                tensor = self.row_format.decode(result.rows, result.num_rows)
-            except ValueError as error:
-                raise Malformed(f"step {result.id}: {error}") from error
-        self.traffic.count(result.num_rows * self.row_format.row_bytes, in_slot=result.in_slot)
-        return Rows(tensor, work, failures, give_back)
+        if not reply.result.error:
+            num_bytes = reply.result.num_rows * self.row_format.row_bytes
+            self.traffic.count(num_bytes, in_slot=reply.result.in_slot)
 
     def _lose(self, cause: str) -> None:
         """Fail every step under way."""

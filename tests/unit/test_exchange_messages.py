@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from cluster.exchange import Failure, Step, Work, step_pb2
-from cluster.exchange.messages import Malformed, decode_reply, decode_request, decode_step, encode_reply, encode_step
-from cluster.exchange.rows import DTYPES, RowFormat
+from cluster.exchange.messages import (
+    PART_BYTES,
+    Malformed,
+    decode_reply,
+    decode_request,
+    decode_step,
+    encode_rows,
+    encode_step,
+)
+from cluster.exchange.rows import DTYPES, IncomingRows, RowFormat
 
 
 def test_a_step_survives_its_message() -> None:
@@ -15,22 +23,32 @@ def test_a_step_survives_its_message() -> None:
     assert decode_step(message) == step
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 3, 400])
+@pytest.mark.parametrize("num_rows", [0, 1, 3, 6000])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_rows_behind_a_reply_are_rows_in_it(num_rows: int, dtype: torch.dtype) -> None:
+def test_rows_survive_their_messages(num_rows: int, dtype: torch.dtype) -> None:
     row_format = RowFormat(dtype, 101)
     rows_RW = torch.randn(num_rows, 202).to(dtype)[:, ::2]
     result = step_pb2.Result(id=9, num_rows=num_rows, failures=[step_pb2.Failure(sequence="s")])
-    received = decode_reply(encode_reply(step_pb2.Reply(result=result), row_format.encode(rows_RW)))
-    assert (received.result.id, received.result.failures[0].sequence) == (9, "s")
-    assert torch.equal(row_format.decode(received.result.rows, num_rows), rows_RW)
-    result.rows = bytes(row_format.encode(rows_RW))
-    assert received == step_pb2.Reply(result=result)
+    messages = list(encode_rows(step_pb2.Reply(result=result), row_format.encode(rows_RW)))
+    assert all(len(message) < PART_BYTES + 100 for message in messages)
+    incoming = IncomingRows(row_format, num_rows)
+    *parts, last = map(decode_reply, messages)
+    for reply in parts:
+        assert reply.part.id == 9
+        incoming.add(reply.part.rows)
+    incoming.add(last.result.rows)
+    assert torch.equal(incoming.finish(num_rows), rows_RW)
+    last.result.ClearField("rows")
+    assert last == step_pb2.Reply(result=result)
 
 
 def test_bytes_that_are_no_rows_are_refused() -> None:
+    incoming = IncomingRows(RowFormat(torch.float32, 2), 2)
+    incoming.add(bytes(7))
     with pytest.raises(ValueError, match="7 bytes for 1 rows of 8 bytes"):
-        RowFormat(torch.float32, 2).decode(bytes(7), 1)
+        incoming.finish(1)
+    with pytest.raises(ValueError, match="17 bytes of rows, of which there may be 16"):
+        incoming.add(bytes(10))
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"\x1a\x7f"])
