@@ -47,7 +47,7 @@ class PlacedWork:
     """Tokens that the sequence holds before the step."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Group:
     """Sequences in neighbouring slots that append equally many tokens."""
 
@@ -85,7 +85,9 @@ class _Reach:
 class StepPlan:
     """The plan of one step, and the attention pass that carries it out."""
 
-    def __init__(self, work: Sequence[PlacedWork], caches: Mapping[nn.Module, LayerCache], device: torch.device):
+    def __init__(
+        self, work: Sequence[PlacedWork], caches: Mapping[nn.Module, LayerCache], device: torch.device
+    ) -> None:
         """Lay out a step.
 
         Args:
@@ -100,7 +102,7 @@ class StepPlan:
         by_slot = [work[index] for index in order]
         counts = [len(placed.work.tokens) for placed in by_slot]
         first_tokens = [0, *accumulate(counts)]
-        self._groups = list(_groups(by_slot, first_tokens))
+        self._groups = list(_groups(by_slot, first_tokens[:-1]))
         layout = torch.tensor(
             [
                 [token for placed in by_slot for token in placed.work.tokens],
@@ -133,7 +135,7 @@ class StepPlan:
 
 def _groups(work: Sequence[PlacedWork], first_tokens: Sequence[int]) -> Iterator[_Group]:
     group: _Group | None = None
-    for placed, first_token in zip(work, first_tokens, strict=False):
+    for placed, first_token in zip(work, first_tokens, strict=True):
         if group is not None and group.can_take(placed):
             group.lengths.append(placed.length)
             continue
