@@ -1,6 +1,7 @@
 """A replica in a process of its own that dies or freezes, and a coordinator that does."""
 
 import asyncio
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -22,13 +23,15 @@ KEEPALIVE_S = 1.0
 
 
 class Hanging:
-    """Answers sequence `a`, tells of each other step and never answers it."""
+    """Answers sequence `a`, and `busy` after a while; tells of each other step and never answers it."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
     async def step(self, coordinator: str, step: Step) -> StepRows:
-        if step.work[0].sequence != "a":
+        if step.work[0].sequence == "busy":
+            ctypes.PyDLL(None).usleep(round(2 * KEEPALIVE_S * 1e6))  # with the interpreter's lock held
+        elif step.work[0].sequence != "a":
             self.connection.send("hangs")
             await asyncio.Event().wait()
         return StepRows(torch.ones(1, 101))
@@ -114,6 +117,15 @@ async def test_a_replica_that_dies_or_freezes_is_found(how: signal.Signals) -> N
         rows.release()
         await stream.close()
         assert not list(SHARED_MEMORY.glob(f"{PREFIX}{replica.pid}-*"))
+
+
+async def test_a_replica_that_is_busy_is_not_taken_for_dead() -> None:
+    with process(run_replica) as (_, connection):
+        address, token = await read(connection)
+        stream = await connect(address, token)
+        (await stream.step([Work("busy", 0, [1], [0])], timeout_s=TIMEOUT_S)).release()
+        assert not stream.lost.done()
+        await stream.close()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
