@@ -179,14 +179,13 @@ class ModelServer:
         """Run the work of several step messages in one forward pass (in the engine's thread)."""
         failures: list[list[Failure]] = []
         work: list[list[Work]] = []
+        taken: set[str] = set()
         for waiting in batch:
-            for sequence in waiting.step.close:
-                self._close(_key(waiting.coordinator, sequence))
             failures.append([])
             work.append([])
             for item in waiting.step.work:
                 try:
-                    work[-1].append(self._prepare(waiting.coordinator, item))
+                    work[-1].append(self._prepare(_key(waiting.coordinator, item.sequence), item, taken))
                 except EngineError as error:
                     failures[-1].append(Failure(item.sequence, type(error).__name__, str(error)))
         rows = self.engine.step([item for items in work for item in items])
@@ -197,17 +196,25 @@ class ModelServer:
             rows = rows[num_rows:]
         return results
 
-    def _prepare(self, coordinator: str, item: exchange.Work) -> Work:
-        """Bring a sequence to the length that the coordinator believes it has, opening it if need be."""
-        key = _key(coordinator, item.sequence)
+    def _prepare(self, key: str, item: exchange.Work, taken: set[str]) -> Work:
+        """Bring a sequence to the length that the coordinator believes it has, opening it if need be.
+
+        Raises:
+            EngineError: the engine would refuse the item, and with it everybody else's.
+        """
         prompt = self._prompts.get(key)
         if prompt is None:
             raise EngineError(f"sequence {item.sequence!r} has no lease on {self._replica}")
         if key not in self._open:
             self.engine.open(key, prompt)
             self._open.add(key)
+        if key in taken:
+            raise EngineError(f"sequence {item.sequence!r} has a step under way; wait for its rows first")
         self.engine.truncate(key, item.length)
-        return Work(key, item.tokens, item.rows)
+        work = Work(key, item.tokens, item.rows)
+        self.engine.check(work)
+        taken.add(key)
+        return work
 
 
 def _key(coordinator: str, sequence: str) -> str:

@@ -141,7 +141,12 @@ class Engine:
         Raises:
             EngineError: an item cannot be done; no sequence has changed then, nor after any other error.
         """
-        self._check_work(work)
+        seen = set()
+        for item in work:
+            if item.sequence in seen:
+                raise EngineError(f"sequence {item.sequence!r} comes twice in one step; send its tokens as one item")
+            seen.add(item.sequence)
+            self.check(item)
         if not work:
             return torch.empty(0, self.vocabulary_size, dtype=self.dtype, device=self._model.device)
         open_work = [(item, self._sequences[item.sequence]) for item in work]
@@ -160,6 +165,23 @@ class Engine:
         for item, open_sequence in open_work:
             open_sequence.length += len(item.tokens)
         return logits
+
+    def check(self, item: Work) -> None:
+        """Check that a sequence can take its part of a step, so that it spoils no other's.
+
+        Raises:
+            EngineError: it cannot; `step` would refuse the whole step.
+        """
+        length = self._sequence(item.sequence).length
+        if not item.tokens:
+            raise EngineError(f"sequence {item.sequence!r} comes without tokens; leave it out of the step")
+        self._check_tokens(item.sequence, item.tokens, length)
+        for row in item.rows:
+            if not 0 <= row < len(item.tokens):
+                raise EngineError(
+                    f"sequence {item.sequence!r}: row {row} is outside its {len(item.tokens)} tokens; "
+                    f"ask for rows from 0 to {len(item.tokens) - 1}"
+                )
 
     def length(self, sequence: str) -> int:
         """Return how many tokens a sequence holds.
@@ -200,23 +222,6 @@ class Engine:
             return self._sequences[sequence]
         except KeyError:
             raise EngineError(f"sequence {sequence!r} is not open; open it first") from None
-
-    def _check_work(self, work: Sequence[Work]) -> None:
-        seen = set()
-        for item in work:
-            if item.sequence in seen:
-                raise EngineError(f"sequence {item.sequence!r} comes twice in one step; send its tokens as one item")
-            seen.add(item.sequence)
-            length = self._sequence(item.sequence).length
-            if not item.tokens:
-                raise EngineError(f"sequence {item.sequence!r} comes without tokens; leave it out of the step")
-            self._check_tokens(item.sequence, item.tokens, length)
-            for row in item.rows:
-                if not 0 <= row < len(item.tokens):
-                    raise EngineError(
-                        f"sequence {item.sequence!r}: row {row} is outside its {len(item.tokens)} tokens; "
-                        f"ask for rows from 0 to {len(item.tokens) - 1}"
-                    )
 
     def _check_tokens(self, sequence: str, tokens: Sequence[int], length: int) -> None:
         if length + len(tokens) > self.max_context:

@@ -8,7 +8,7 @@ all its streams is one `StepServer`, which hands every step to the `StepHandler`
                                       <-         Welcome{dtype, row width, path of a segment}
     MemoryProof{nonce}                ->                                                        with a segment only
                                       <-         Ready{number and size of slots}                with a segment only
-    Step{id, slot, work, close}       ->
+    Step{id, slot, work}              ->
                                       <-         Result{id, rows or "in the slot", failures}
 
 **Shared memory.** The replica makes a file of one page in /dev/shm that begins with a nonce. A coordinator that can

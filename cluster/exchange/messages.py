@@ -43,8 +43,6 @@ class Step:
     """What a coordinator asks of a replica at once."""
 
     work: tuple[Work, ...]
-    close: tuple[str, ...] = ()
-    """Sequences to forget before any work is done; one that is not open is no error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +113,6 @@ def encode_step(step_id: int, slot: int, step: Step) -> bytes:
             step_pb2.Work(sequence=item.sequence, length=item.length, tokens=item.tokens, rows=item.rows)
             for item in step.work
         ],
-        close=step.close,
     )
     return step_pb2.Request(step=message).SerializeToString()
 
@@ -130,7 +127,7 @@ def decode_step(message: step_pb2.Step) -> Step:
         check_work(work)
     except ValueError as error:
         raise Malformed(f"step {message.id}: {error}") from error
-    return Step(work, tuple(message.close))
+    return Step(work)
 
 
 def decode_request(data: bytes) -> step_pb2.Request:

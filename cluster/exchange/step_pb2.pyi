@@ -37,16 +37,14 @@ class MemoryProof(_message.Message):
     def __init__(self, nonce: _Optional[bytes] = ..., obstacle: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("id", "slot", "work", "close")
+    __slots__ = ("id", "slot", "work")
     ID_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
-    CLOSE_FIELD_NUMBER: _ClassVar[int]
     id: int
     slot: int
     work: _containers.RepeatedCompositeFieldContainer[Work]
-    close: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, id: _Optional[int] = ..., slot: _Optional[int] = ..., work: _Optional[_Iterable[_Union[Work, _Mapping]]] = ..., close: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., slot: _Optional[int] = ..., work: _Optional[_Iterable[_Union[Work, _Mapping]]] = ...) -> None: ...
 
 class Work(_message.Message):
     __slots__ = ("sequence", "length", "tokens", "rows")

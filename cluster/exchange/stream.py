@@ -96,17 +96,17 @@ class StepStream:
             raise
         return cls(address, channel, call, row_format, slots)
 
-    async def step(self, work: Sequence[Work], close: Sequence[str] = (), *, timeout_s: float) -> Rows:
+    async def step(self, work: Sequence[Work], *, timeout_s: float) -> Rows:
         """Send a step and wait for its rows. Several may be under way at once; they are done in the order of the calls.
 
-        work: at most one item for each sequence. close: sequences to forget before that.
+        work: at most one item for each sequence.
 
         Raises ReplicaLost: the stream is over. DeadlineExceeded: no answer within `timeout_s`; the replica may do the
         step yet. EngineError: the work is impossible, or the replica could not do the step as a whole.
         """
         if self.lost.done():
             raise ReplicaLost(str(self.lost.result()))
-        outstanding = self._start(Step(tuple(work), tuple(close)))
+        outstanding = self._start(Step(tuple(work)))
         answer = outstanding.answer
         try:
             await asyncio.wait({answer}, timeout=timeout_s)

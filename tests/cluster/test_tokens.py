@@ -1,7 +1,6 @@
 """The service writes the reference's tokens, over every transport, alone and in a batch."""
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +44,13 @@ GUIDES = {
 
 
 @pytest.fixture(scope="module", params=["auto", "grpc"], autouse=True)
-def service(request: pytest.FixtureRequest, deploy: Deploy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def service(request: pytest.FixtureRequest, deploy: Deploy, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A tiny base with guides of its own and of other vocabulary sizes."""
     root: Path = tmp_path_factory.mktemp("models")
     base = tiny.save(BASE, root / "base")
     guides = {name: model_args(tiny.save(model, root / name), base=base) for name, model in GUIDES.items()}
     limits = {"max_prompt_tokens_per_step": 16}
     deploy(service_config(model_args(base), guides, exchange={"transport": request.param}, limits=limits))
-    yield
 
 
 def tokens_of(model: PreTrainedModel, prompt: str) -> list[int]:

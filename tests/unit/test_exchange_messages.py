@@ -17,7 +17,7 @@ from cluster.exchange.rows import DTYPES, IncomingRows, RowFormat
 
 
 def test_a_step_survives_its_message() -> None:
-    step = Step((Work("a", 3, (0, 2**32 - 1), (1, 0)), Work("ü", 0, (1,))), ("x",))
+    step = Step((Work("a", 3, (0, 2**32 - 1), (1, 0)), Work("ü", 0, (1,))))
     message = decode_request(encode_step(2**40, -1, step)).step
     assert (message.id, message.slot) == (2**40, -1)
     assert decode_step(message) == step

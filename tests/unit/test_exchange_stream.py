@@ -124,11 +124,11 @@ async def test_every_transport_brings_the_same_bytes(
 async def test_a_step_arrives_as_it_was_sent() -> None:
     work = (Work("a", 7, (1, 4_294_967_295, 3), (2, 0)), Work("b", 0, (9,)))
     async with serving() as server, connected(server) as stream:
-        with await stream.step(work, ["x", "y"], timeout_s=TIMEOUT_S) as rows:
+        with await stream.step(work, timeout_s=TIMEOUT_S) as rows:
             assert torch.equal(rows.tensor[0], row_of(3, 101, torch.float32))
             assert torch.equal(rows.tensor[1], row_of(1, 101, torch.float32))
             assert rows.spans() == {"a": slice(0, 2), "b": slice(2, 2)}
-        assert server.replica.steps == [Step(work, ("x", "y"))]
+        assert server.replica.steps == [Step(work)]
 
 
 async def test_a_failed_sequence_leaves_the_others_their_rows() -> None:

@@ -1,0 +1,256 @@
+"""The loop: everyone who can run does, a late or lost replica holds up only its own, and the tokens are right."""
+
+import asyncio
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from actors.coordinator.lane import Lane
+from actors.coordinator.plan import plan_step
+from actors.coordinator.sequence import LiveSequence, Piece, Voice
+from actors.coordinator.text import TextWriter
+from actors.engine import Engine
+from actors.engine import Work as EngineWork
+from actors.guidance import Sampling
+from actors.guidance import reference as oracle
+from actors.settings import Limits
+from cluster.errors import EngineError, ReplicaLost
+from cluster.exchange import Failure, Rows, Work
+from tests import tiny
+from tests.reference import Comparison
+
+LIMITS = Limits(max_prompt_tokens_per_step=8)
+BASE, KIND, TERSE = (tiny.talkative(tiny.llama(80, seed=seed)) for seed in range(3))
+
+
+class LocalReplica:
+    """A model in this process. Its rows live in one buffer that the next step overwrites, as slots are."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.engine = Engine(copy.deepcopy(model), max_sequences=16, max_context=120)
+        self.buffer = torch.zeros(16, self.engine.vocabulary_size)
+        self.is_buffer_taken = False
+        self.called = asyncio.Event()
+        self.largest_step = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.is_lost = False
+
+    async def step(self, work: Sequence[Work], *, timeout_s: float) -> Rows:
+        await asyncio.sleep(0)
+        self.called.set()
+        self.largest_step = max(self.largest_step, sum(len(item.tokens) for item in work if len(item.tokens) > 1))
+        await self.gate.wait()
+        if self.is_lost:
+            raise ReplicaLost("it is gone")
+        failures = [Failure(item.sequence, "EngineError", "no") for item in work if item.sequence == "refused"]
+        done = [item for item in work if item.sequence != "refused"]
+        for item in done:
+            if item.length == 0:
+                self.engine.open(item.sequence, item.tokens)
+            assert self.engine.length(item.sequence) == item.length
+        rows = self.engine.step([EngineWork(item.sequence, item.tokens, item.rows) for item in done])
+        assert not self.is_buffer_taken
+        self.is_buffer_taken = bool(len(rows))
+        self.buffer[: len(rows)] = rows
+        return Rows(self.buffer[: len(rows)], tuple(work), tuple(failures), self._release)
+
+    def _release(self) -> None:
+        self.buffer.fill_(torch.nan)
+        self.is_buffer_taken = False
+
+
+@pytest.fixture
+def base() -> LocalReplica:
+    return LocalReplica(BASE)
+
+
+@pytest.fixture
+def kind() -> LocalReplica:
+    return LocalReplica(KIND)
+
+
+def sequence(
+    key: str,
+    base: LocalReplica,
+    guides: Sequence[tuple[LocalReplica, float]] = (),
+    *,
+    prompt: str = "hello",
+    max_tokens: int = 12,
+    **sampling: Any,
+) -> LiveSequence:
+    fast = tiny.tokenizer(80)
+    tokens = fast(prompt).input_ids
+    voices = [Voice("base", 1.0, base, list(tokens))]
+    voices += [Voice(f"guide {i}", weight, guide, list(tokens)) for i, (guide, weight) in enumerate(guides)]
+    return LiveSequence(
+        key=key,
+        voices=voices,
+        sampling=Sampling(**sampling),
+        max_tokens=max_tokens,
+        end_tokens={0},
+        writer=TextWriter(fast.backend_tokenizer),
+    )
+
+
+async def read_all(live: LiveSequence) -> list[int]:
+    tokens: list[int] = []
+    while True:
+        piece: Piece = await asyncio.wait_for(live.read(), 60)
+        tokens += piece["token_ids"]
+        if piece["finish_reason"] is not None:
+            return tokens
+
+
+def expected(live: LiveSequence) -> oracle.ReferenceText:
+    prompts = [voice.tokens[: len(voice.tokens) - len(live.output)] for voice in live.voices]
+    voices = [
+        oracle.Voice(model=voice.replica.model, prompt=prompt, weight=voice.weight)  # type: ignore[attr-defined]
+        for voice, prompt in zip(live.voices, prompts, strict=True)
+    ]
+    return oracle.generate(
+        voices[0], voices[1:], sampling=live.sampling, max_tokens=live.max_tokens, end_tokens=live.end_tokens
+    )
+
+
+async def test_tokens_are_the_references_whatever_shares_the_lane(base: LocalReplica, kind: LocalReplica) -> None:
+    terse = LocalReplica(TERSE)
+    lane = Lane(LIMITS)
+    sequences = [
+        sequence("a", base, seed=1),
+        sequence("b", base, [(kind, 1.0)], prompt="a prompt of several chunks", seed=2),
+        sequence("c", base, [(kind, -0.5), (terse, 2.0)], temperature=0, max_tokens=20),
+        sequence("d", base, [(terse, 0.3)], prompt="x", top_k=5, seed=4, max_tokens=1),
+    ]
+    for live in sequences:
+        lane.add(live)
+    comparison = Comparison()
+    for live in sequences:
+        comparison.add(live.key, await read_all(live), expected(live))
+    comparison.finish()
+    assert lane.num_sequences == 0
+
+
+async def test_a_lane_that_was_idle_runs_again(base: LocalReplica) -> None:
+    lane = Lane(LIMITS)
+    for key in ("one", "two"):
+        live = sequence(key, base, seed=7)
+        lane.add(live)
+        assert await read_all(live) == expected(live).tokens
+
+
+async def test_prompts_are_taken_in_chunks_beside_decoding_sequences(base: LocalReplica) -> None:
+    lane = Lane(LIMITS)
+    running = sequence("running", base, max_tokens=60, seed=1)
+    lane.add(running)
+    await asyncio.wait_for(running.read(), 60)
+    before = len(running.output)
+    long = sequence("long", base, prompt="y" * 80, max_tokens=1)
+    lane.add(long)
+    await read_all(long)
+    assert base.largest_step <= LIMITS.max_prompt_tokens_per_step
+    assert len(running.output) - before >= 9
+
+
+async def test_a_guide_that_hangs_holds_up_only_its_own(base: LocalReplica, kind: LocalReplica) -> None:
+    lane = Lane(LIMITS)
+    kind.gate.clear()
+    guided = sequence("guided", base, [(kind, 1.0)], seed=1)
+    free = sequence("free", base, max_tokens=40, seed=2)
+    lane.add(guided)
+    lane.add(free)
+    assert await read_all(free) == expected(free).tokens
+    assert guided.output == []
+    kind.gate.set()
+    assert await read_all(guided) == expected(guided).tokens
+
+
+async def test_a_newcomer_runs_while_all_others_wait_for_a_hanging_guide(
+    base: LocalReplica, kind: LocalReplica
+) -> None:
+    lane = Lane(LIMITS)
+    kind.gate.clear()
+    guided = sequence("guided", base, [(kind, 1.0)], seed=1)
+    lane.add(guided)
+    await asyncio.wait_for(kind.called.wait(), 60)
+    free = sequence("free", base, seed=2)
+    lane.add(free)
+    assert await read_all(free) == expected(free).tokens
+    kind.gate.set()
+    await read_all(guided)
+
+
+async def test_a_lost_guide_fails_its_own_after_what_was_written(base: LocalReplica, kind: LocalReplica) -> None:
+    lane = Lane(LIMITS)
+    guided = sequence("guided", base, [(kind, 1.0)], max_tokens=100, seed=1)
+    free = sequence("free", base, max_tokens=40, seed=2)
+    lane.add(guided)
+    lane.add(free)
+    first = await asyncio.wait_for(guided.read(), 60)
+    kind.is_lost = True
+    with pytest.raises(ReplicaLost, match="guide 0 was lost while it was writing: it is gone"):
+        await read_all(guided)
+    assert first["token_ids"] == expected(guided).tokens[: len(first["token_ids"])]
+    assert await read_all(free) == expected(free).tokens
+
+
+async def test_a_refused_sequence_fails_alone(base: LocalReplica) -> None:
+    lane = Lane(LIMITS)
+    refused, fine = sequence("refused", base), sequence("fine", base, seed=3)
+    lane.add(refused)
+    lane.add(fine)
+    with pytest.raises(EngineError, match="base could not take a step: no"):
+        await read_all(refused)
+    assert await read_all(fine) == expected(fine).tokens
+
+
+async def test_a_sequence_that_is_removed_is_written_no_further(base: LocalReplica) -> None:
+    lane = Lane(LIMITS)
+    live = sequence("gone", base, max_tokens=100)
+    lane.add(live)
+    await asyncio.wait_for(live.read(), 60)
+    lane.remove(live)
+    num_tokens = len(live.output)
+    other = sequence("other", base, max_tokens=20, seed=2)
+    lane.add(other)
+    assert await read_all(other) == expected(other).tokens
+    assert len(live.output) <= num_tokens + 1
+
+
+async def test_a_defect_in_the_loop_fails_every_sequence(base: LocalReplica, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("actors.coordinator.lane.merge_and_draw", fail)
+    lane = Lane(LIMITS)
+    sequences = [sequence(key, base) for key in "ab"]
+    for live in sequences:
+        lane.add(live)
+    for live in sequences:
+        with pytest.raises(Exception, match="a defect"):
+            await read_all(live)
+
+
+def test_a_voice_in_flight_or_with_nothing_to_send_is_not_planned() -> None:
+    base, kind = LocalReplica(BASE), LocalReplica(KIND)
+    live = sequence("a", base, [(kind, 1.0)], prompt="abc")
+    live.voices[0].in_flight = True
+    assert list(plan_step([live], 100)) == [kind]
+    live.voices[1].num_sent = 3
+    assert plan_step([live], 100) == {}
+
+
+def test_decoding_sequences_run_beside_a_prompt_that_takes_all_room() -> None:
+    base = LocalReplica(BASE)
+    long, waiting, decoding = (sequence(key, base, prompt="z" * 30) for key in "lwd")
+    decoding.voices[0].num_sent = 30
+    decoding.commit(5)
+    (chunks,) = plan_step([long, waiting, decoding], 16).values()
+    assert [(chunk.sequence.key, chunk.num_tokens, chunk.completes) for chunk in chunks] == [
+        ("l", 16, False),
+        ("d", 1, True),
+    ]
