@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -26,11 +26,12 @@ BASE = "trimtab-base"
 GUIDE = "trimtab-guide-"
 TRIMTAB = "trimtab"
 
-ARGS: Mapping[str, type[BaseModel]] = {
-    "deploy.applications:base": BaseModelSettings,
-    "deploy.applications:guide": GuideSettings,
-    "deploy.applications:trimtab": CoordinatorSettings,
+APPLICATIONS: Mapping[str, tuple[type[BaseModel], set[str]]] = {
+    "deploy.applications:base": (BaseModelSettings, {"BaseModel"}),
+    "deploy.applications:guide": (GuideSettings, {"Guide"}),
+    "deploy.applications:trimtab": (CoordinatorSettings, {"Gateway", "Coordinator"}),
 }
+"""The settings and the deployments of each application, by import path."""
 
 
 def check(config: object) -> None:
@@ -39,22 +40,44 @@ def check(config: object) -> None:
     Raises:
         InvalidConfiguration: the first thing that cannot work, with its path in the file and the remedy.
     """
+    for path in _unknown_keys("", ServeDeploySchema, config):
+        raise InvalidConfiguration(f"{path}: there is no such key")
     schema = _validate("", ServeDeploySchema, config)
     settings: dict[str, BaseModel] = {}
     for number, application in enumerate(schema.applications):
         path = f"applications[{number}]"
-        model = ARGS.get(application.import_path)
-        if model is None:
-            known = ", ".join(ARGS)
+        if application.import_path not in APPLICATIONS:
+            known = ", ".join(APPLICATIONS)
             raise InvalidConfiguration(
                 f"{path}.import_path: {application.import_path!r} is none of Trimtab's applications; they are: {known}"
             )
+        model, names = APPLICATIONS[application.import_path]
         settings[application.name] = _validate(f"{path}.args", model, application.args)
         for index, deployment in enumerate(application.deployments):
+            where = f"{path}.deployments[{index}]"
+            if deployment.name not in names:
+                raise InvalidConfiguration(f"{where}.name: {deployment.name!r} is none of {sorted(names)}")
             if model is CoordinatorSettings and isinstance(deployment.user_config, dict):
-                _validate(f"{path}.deployments[{index}].user_config", GuidanceSettings, deployment.user_config)
+                _validate(f"{where}.user_config", GuidanceSettings, deployment.user_config)
     _check_guides(schema, settings)
     _check_models(settings)
+
+
+def _unknown_keys(path: str, model: type[BaseModel], value: object) -> Iterator[str]:
+    """Yield the paths of keys that Serve's own schema does not have; Serve itself ignores them."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in model.model_fields:
+            yield where
+            continue
+        annotation = model.model_fields[key].annotation
+        for part in (annotation, *get_args(annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                if isinstance(inner, list):
+                    for number, item in enumerate(inner):
+                        yield from _unknown_keys(f"{where}[{number}]", part, item)
+                else:
+                    yield from _unknown_keys(where, part, inner)
 
 
 def _validate(path: str, model: type[Settings], value: object) -> Settings:

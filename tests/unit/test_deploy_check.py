@@ -1,0 +1,138 @@
+"""A mistake in deploy.yaml is found before anything starts, and its path is named."""
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from actors.settings import CHECKOUT
+from cluster.errors import InvalidConfiguration
+from deploy.check import check
+from tests import tiny
+
+Config = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    tiny.save(tiny.llama(80), root / "base")
+    tiny.save(tiny.llama(80, seed=1), root / "kind")
+    other = tiny.tokenizer(60)
+    swapped = other.backend_tokenizer.to_str().replace('"e":8,', '"\\u00e9":8,')
+    other._tokenizer = other.backend_tokenizer.from_str(swapped)
+    tiny.save(tiny.llama(60), root / "other", with_tokenizer=other)
+    return root
+
+
+@pytest.fixture
+def config(models: Path) -> Config:
+    """The shipped deploy.yaml with tiny models."""
+    config: Config = yaml.safe_load((CHECKOUT / "deploy.yaml").read_text())
+    for application in config["applications"]:
+        args = application["args"]
+        if "model" in args:
+            args["model"] = str(models / ("kind" if "base" in args else "base"))
+            args["max_context"] = 64
+        if "base" in args:
+            args["base"] = str(models / "base")
+    return config
+
+
+def applications(config: Config) -> dict[str, Config]:
+    return {application["name"]: application for application in config["applications"]}
+
+
+def test_the_shipped_file_is_fine(config: Config) -> None:
+    check(config)
+
+
+def at(path: str) -> Callable[[Config, Any], None]:
+    """A change of one key: `trimtab-base.args.dtype`."""
+
+    def change(config: Config, value: Any) -> None:
+        name, *keys = path.split(".")
+        place: Any = applications(config)[name]
+        for key in keys[:-1]:
+            place = place[int(key) if key.isdigit() else key]
+        if value is KeyError:
+            del place[keys[-1]]
+        else:
+            place[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("trimtab-base.args.modle", "x", r"applications\[0\].args.modle: there is no such key"),
+        ("trimtab-base.args.model", KeyError, r"applications\[0\].args.model: this key is missing"),
+        ("trimtab-base.args.dtype", "float8", r"applications\[0\].args.dtype: .*'bfloat16'.*not 'float8'"),
+        ("trimtab-base.args.max_sequences", "many", r"args.max_sequences: .*valid integer, not 'many'"),
+        ("trimtab-base.args.max_sequences", 0, r"args.max_sequences: .*greater than or equal to 1, not 0"),
+        ("trimtab-base.args.resources.gpu", 1, r"args.resources.gpu: there is no such key"),
+        ("trimtab-base.args.max_context", 4096, r"trimtab-base: max_context is 4096, but .* can take 128 tokens"),
+        ("trimtab-base.args.tensor_parallel", 2, r"args.tensor_parallel: there is no such key"),
+        ("trimtab-base.args.model", "models/nothing", r"no model at /.*/models/nothing .*run `make models`"),
+        ("trimtab-base.args.model", "/nowhere/at/all", r"args.model: no model at /nowhere/at/all .*check the path"),
+        ("trimtab-base.import_path", "deploy.applications:basis", r"import_path: 'deploy.applications:basis' is none"),
+        ("trimtab-base.routeprefix", "/x", r"routeprefix: there is no such key"),
+        ("trimtab-guide-positivity.args.base", KeyError, r"applications\[1\].args.base: this key is missing"),
+        ("trimtab-guide-positivity.name", "trimtab-guide-other", r"no application 'trimtab-guide-positivity'"),
+        ("trimtab-base.name", "base", r"there is none called 'trimtab-base'"),
+        ("trimtab.args.exchange.transport", "carrier pigeon", r"args.exchange.transport: .*not 'carrier pigeon'"),
+        ("trimtab.args.limits.deadline_s", -1, r"args.limits.deadline_s: .*greater than 0, not -1"),
+        ("trimtab.deployments.0.user_config.profile", {}, r"deployments\[0\].user_config.profile: there is no such"),
+        ("trimtab.deployments.0.user_config.profiles", {"base": {}}, r"'base' always means no guidance"),
+        ("trimtab.deployments.0.user_config.profiles", {"x": {"kin": 1.0}}, r"profiles.x: there is no guide 'kin'"),
+        ("trimtab.deployments.0.user_config.profiles", {"x": {"positivity": float("inf")}}, r"finite"),
+        ("trimtab.deployments.0.user_config.profiles", {"x y": {}}, r"user_config.profiles"),
+        ("trimtab.deployments.0.num_replica", 2, r"deployments\[0\].num_replica: there is no such key"),
+        ("trimtab.deployments.0.name", "Gatewy", r"deployments\[0\].name: 'Gatewy' is none of"),
+        ("trimtab.deployments", [], r"the deployment 'Gateway' of 'trimtab' needs a user_config"),
+    ],
+)
+def test_a_mistake_is_named_by_its_path(config: Config, path: str, value: Any, says: str) -> None:
+    config = copy.deepcopy(config)
+    at(path)(config, value)
+    with pytest.raises(InvalidConfiguration, match=says):
+        check(config)
+
+
+def test_gateway_and_coordinator_must_agree(config: Config) -> None:
+    config = copy.deepcopy(config)
+    applications(config)["trimtab"]["deployments"][1]["user_config"] = {"guides": []}
+    with pytest.raises(InvalidConfiguration, match="Gateway and Coordinator need the same user_config"):
+        check(config)
+
+
+def test_a_guide_with_another_tokenizer_is_refused_by_its_first_differing_token(config: Config, models: Path) -> None:
+    config = copy.deepcopy(config)
+    applications(config)["trimtab-guide-positivity"]["args"]["model"] = str(models / "other")
+    with pytest.raises(
+        InvalidConfiguration, match="guide 'positivity' has another tokenizer than the base: token 8 is"
+    ):
+        check(config)
+
+
+def test_a_top_level_key_that_is_misspelt_is_named(config: Config) -> None:
+    with pytest.raises(InvalidConfiguration, match=r"^http_option: there is no such key"):
+        check({**config, "http_option": {}})
+
+
+def test_the_command_exits_with_the_mistake(config: Config, tmp_path: Path) -> None:
+    file = tmp_path / "deploy.yaml"
+    at("trimtab-base.args.modle")(config, "x")
+    file.write_text(yaml.safe_dump(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.check", file], cwd=CHECKOUT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "applications[0].args.modle: there is no such key" in done.stderr
+    assert "Traceback" not in done.stderr

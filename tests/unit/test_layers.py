@@ -1,0 +1,36 @@
+"""Imports point one way: deploy -> actors -> cluster, and the mathematics and the engine know nothing of Ray."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FORBIDDEN = {
+    "cluster": {"actors", "deploy", "ray", "transformers"},
+    "actors": {"deploy", "fastapi", "grpc"},
+    "actors/guidance": {"deploy", "ray", "grpc", "transformers"},
+    "actors/engine": {"deploy", "ray", "grpc"},
+}
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_a_folder_imports_only_what_is_below_it(folder: str) -> None:
+    files = [file for file in (ROOT / folder).rglob("*.py") if "_pb2" not in file.name]
+    assert files
+    wrong = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in files
+        for name in imports(file)
+        if name.split(".")[0] in FORBIDDEN[folder]
+    ]
+    assert wrong == []

@@ -1,0 +1,55 @@
+"""The files at the root are what their readers expect."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+from actors.settings import CHECKOUT
+
+
+def test_the_cluster_file_fits_rays_launcher() -> None:
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    config = yaml.safe_load((CHECKOUT / "ray_config.yaml").read_text())
+    jsonschema.validate(config, schema)
+    assert config["head_node_type"] in config["available_node_types"]
+    assert {"base_worker", "guide_worker"} < set(config["available_node_types"])
+
+
+def test_every_package_is_listed() -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+    listed = set(project["tool"]["setuptools"]["packages"])
+    found = {
+        ".".join(init.parent.relative_to(CHECKOUT).parts)
+        for top in ("actors", "cluster", "deploy")
+        for init in (CHECKOUT / top).rglob("__init__.py")
+    }
+    assert listed == found
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    pinned = {
+        re.sub(r"[-_.]+", "-", line.split("==")[0]).lower()
+        for line in (CHECKOUT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    wanted = [
+        *project["dependencies"],
+        *(item for group in project["optional-dependencies"].values() for item in group),
+    ]
+    names = {re.sub(r"[-_.]+", "-", re.split(r"[\[><=]", item)[0]).lower() for item in wanted}
+    assert names <= pinned
+
+
+@pytest.mark.parametrize("pattern", ["models/", "results/", ".venv/"])
+def test_ignored_folders_are_anchored(pattern: str) -> None:
+    # Ray leaves out of `working_dir` what .gitignore names: an unanchored `models/` would drop code of that name.
+    lines = (CHECKOUT / ".gitignore").read_text().splitlines()
+    assert f"/{pattern}" in lines
+    assert pattern not in lines
