@@ -106,6 +106,9 @@ class Limits(Settings):
     step_timeout_s: float = Field(default=60, gt=0)
     """A replica that takes longer for one step counts as lost."""
 
+    max_open_requests: int = Field(default=1000, ge=1)
+    """Per coordinator, those that wait for room included; what comes beyond is refused (HTTP 429)."""
+
     max_prompt_tokens_per_step: int = Field(default=256, ge=1)
     """Longer prompts are taken in chunks of this size beside the sequences that are decoding."""
 

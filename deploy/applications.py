@@ -1,12 +1,14 @@
 """The Serve applications that deploy.yaml names, built from their `args`."""
 
+from typing import Any
+
 from ray import serve
 from ray.serve import Application
 
 from actors.base_model import BaseModel
 from actors.coordinator.coordinator import Coordinator
 from actors.guide import Guide
-from actors.settings import BaseModelSettings, CoordinatorSettings, GuideSettings, Resources
+from actors.settings import BaseModelSettings, CoordinatorSettings, GuideSettings
 from deploy.gateway import Gateway
 
 # A coordinator and a gateway hold no model: a small share of a core lets Ray place them anywhere.
@@ -18,24 +20,12 @@ HEALTH_CHECK = {"health_check_period_s": 2, "health_check_timeout_s": 10}
 
 def base(args: BaseModelSettings) -> Application:
     """`trimtab-base`: the frozen base model."""
-    deployment = serve.deployment(
-        BaseModel,
-        max_ongoing_requests=args.max_sequences,
-        ray_actor_options=_actor_options(args.resources),
-        **HEALTH_CHECK,
-    )
-    return deployment.bind(args)
+    return serve.deployment(BaseModel, **_model_options(args)).bind(args)
 
 
 def guide(args: GuideSettings) -> Application:
     """`trimtab-guide-<name>`: one autoregressive reward model."""
-    deployment = serve.deployment(
-        Guide,
-        max_ongoing_requests=args.max_sequences,
-        ray_actor_options=_actor_options(args.resources),
-        **HEALTH_CHECK,
-    )
-    return deployment.bind(args)
+    return serve.deployment(Guide, **_model_options(args)).bind(args)
 
 
 def trimtab(args: CoordinatorSettings) -> Application:
@@ -45,5 +35,17 @@ def trimtab(args: CoordinatorSettings) -> Application:
     return serve.deployment(Gateway, **light).bind(coordinator)
 
 
-def _actor_options(resources: Resources) -> dict[str, object]:
-    return {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "resources": resources.custom}
+def _model_options(args: BaseModelSettings) -> dict[str, Any]:
+    resources = args.resources
+    return {
+        # A lease lasts as long as its sequence: Serve lets in as many as the engine has room for.
+        "max_ongoing_requests": args.max_sequences,
+        "ray_actor_options": {
+            "num_cpus": resources.cpus,
+            "num_gpus": resources.gpus,
+            "resources": resources.custom,
+        },
+        # A lease ends by being cancelled, so its line in the access log would look like a failure.
+        "logging_config": {"enable_access_log": False},
+        **HEALTH_CHECK,
+    }

@@ -2,8 +2,8 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
@@ -15,7 +15,7 @@ from actors.coordinator.sequence import LiveSequence, Piece, Voice
 from actors.coordinator.text import TextWriter
 from actors.leases import BaseDescription, Lease, LeaseRequest
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
-from cluster.errors import DeadlineExceeded, InvalidRequest
+from cluster.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from cluster.exchange import StepStream
 
 T = TypeVar("T")
@@ -34,6 +34,7 @@ class Coordinator:
         self._guidance = GuidanceSettings()
         self._replicas = Replicas(self._id, settings.exchange.transport)
         self._lanes: dict[StepStream, Lane] = {}
+        self._num_open = 0
         self._bases: dict[str, tuple[BaseDescription, Tokenizer]] = {}
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -58,18 +59,31 @@ class Coordinator:
 
         Raises:
             InvalidRequest: a field is unknown or impossible.
+            Overloaded: too many requests are open.
             DeadlineExceeded: the answer was not finished in time.
             ReplicaLost: a model that it needs cannot be had, or was lost.
         """
         request = parse_request(self._guidance, fields)
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
         async with AsyncExitStack() as stack:
+            stack.enter_context(self._admit())
             sequence = await self._within(deadline, stack.enter_async_context(self._live(request)))
             while True:
                 piece = await self._within(deadline, sequence.read())
                 yield piece
                 if piece["finish_reason"] is not None:
                     return
+
+    @contextmanager
+    def _admit(self) -> Iterator[None]:
+        """Count an open request, of which there may be so many."""
+        if self._num_open >= self._limits.max_open_requests:
+            raise Overloaded(f"{self._num_open} requests are open or waiting, which is the limit; try again later")
+        self._num_open += 1
+        try:
+            yield
+        finally:
+            self._num_open -= 1
 
     async def _within(self, deadline: float, answer: Awaitable[T]) -> T:
         # Never around a `yield`: the time that a caller takes to come back is not ours to cancel.
@@ -105,7 +119,7 @@ class Coordinator:
                 sampling=request.sampling,
                 max_tokens=_max_tokens(request, {name: lease for name, (lease, _) in granted.items()}),
                 end_tokens=description.end_tokens,
-                writer=TextWriter(tokenizer, request.stop),
+                writer=TextWriter(tokenizer, base_lease.prompt_tokens, request.stop),
             )
             lane = self._lane(base_stream)
             lane.add(sequence)

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+NUM_CONTEXT_TOKENS = 8
+"""Prompt tokens that the first token is decoded after: some tokenizers drop the space at the beginning of a text."""
+
 
 class TextWriter:
     """Detokenises one answer as it grows.
@@ -12,13 +15,13 @@ class TextWriter:
     Text that may yet turn out to be the beginning of a stop string is held back until it cannot.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self.is_stopped = False
         self._tokenizer = tokenizer
         self._stop = stop
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._tokens: list[int] = []
-        self._num_decoded = 0
+        self._tokens = list(prompt[-NUM_CONTEXT_TOKENS:])
+        self._stream = DecodeStream(ids=self._tokens, skip_special_tokens=True)
+        self._num_decoded = len(tokenizer.decode(self._tokens, skip_special_tokens=True))
         self._held = ""
 
     def append(self, token: int) -> str:

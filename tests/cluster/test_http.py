@@ -14,8 +14,8 @@ from openai import OpenAI
 from tests import tiny
 from tests.cluster.conftest import Deploy, Service, model_args, service_config
 
-PLAIN = {"model": "base", "prompt": "once upon", "max_tokens": 12, "seed": 4}
-CHAT = [{"role": "user", "content": "hello"}]
+PLAIN: dict[str, Any] = {"model": "base", "prompt": "once upon", "max_tokens": 12, "seed": 4}
+CHAT: list[Any] = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")

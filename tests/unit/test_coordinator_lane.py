@@ -93,7 +93,7 @@ def sequence(
         sampling=Sampling(**sampling),
         max_tokens=max_tokens,
         end_tokens={0},
-        writer=TextWriter(fast.backend_tokenizer),
+        writer=TextWriter(fast.backend_tokenizer, tokens),
     )
 
 

@@ -26,7 +26,7 @@ BYTES = byte_tokenizer()
 
 
 def write(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], bool]:
-    writer = TextWriter(tokenizer, stop)
+    writer = TextWriter(tokenizer, [], stop)
     pieces = []
     for token in tokens:
         pieces.append(writer.append(token))
@@ -66,7 +66,7 @@ def test_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> N
 
 
 def test_text_that_may_begin_a_stop_string_waits() -> None:
-    writer = TextWriter(CHARACTERS, ["abc"])
+    writer = TextWriter(CHARACTERS, [], ["abc"])
     pieces = [writer.append(token) for token in CHARACTERS.encode("xabxab").ids]
     assert pieces == ["x", "", "", "abx", "", ""]
     assert writer.finish() == "ab"
@@ -76,3 +76,11 @@ def test_text_that_may_begin_a_stop_string_waits() -> None:
 def test_the_end_token_is_no_text(stop: Sequence[str]) -> None:
     tokens = [*CHARACTERS.encode("hi").ids, 0]
     assert "".join(write(CHARACTERS, tokens, stop)[0]) == "hi"
+
+
+def test_the_space_before_a_first_word_is_kept() -> None:
+    words = Tokenizer(models.WordLevel({"▁hello": 0, "▁big": 1, "▁world": 2}, unk_token="▁big"))
+    words.decoder = decoders.Metaspace()
+    after_prompt = TextWriter(words, [0])
+    assert [after_prompt.append(token) for token in (1, 2)] == [" big", " world"]
+    assert after_prompt.finish() == ""
