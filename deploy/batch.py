@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -153,6 +154,8 @@ def connect() -> AsyncClient:
         InvalidConfiguration: there is no cluster, or the service does not run on it.
     """
     start = "start the service with `serve run deploy.yaml` (or `serve deploy deploy.yaml` on a running cluster)"
+    # Where a cluster's address is known but nothing answers there, Ray tries for minutes without a word.
+    print("connecting to the Ray cluster", os.environ.get("RAY_ADDRESS", ""), file=sys.stderr, flush=True)
     try:
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:

@@ -145,6 +145,24 @@ def test_a_full_disk_ends_the_batch_and_cancels_what_is_open(run: Run) -> None:
     assert num_cancelled == 2
 
 
+def test_a_terminal_gets_a_bar_with_done_failed_and_total() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    progress = Progress(total=5, num_done=1, file=terminal)
+    progress.succeed()
+    progress.fail(line(3), InvalidRequest("no guide"))
+    progress.close()
+    shown = terminal.getvalue()
+    assert "1/5" in shown
+    assert "3/5" in shown
+    assert "failed=1" in shown
+    assert "line 3: InvalidRequest: no guide\n" in shown
+    assert shown.endswith("2 done, 1 failed of 5\n")
+
+
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [
