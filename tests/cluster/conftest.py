@@ -97,26 +97,34 @@ def cluster() -> Iterator[Service]:
         ray.shutdown()
 
 
+StartDeploy = Callable[[dict[str, Any]], Service]
 Deploy = Callable[[dict[str, Any]], Service]
 
 
 @pytest.fixture(scope="session")
-def deploy(cluster: Service, tmp_path_factory: pytest.TempPathFactory) -> Deploy:
-    """`serve deploy`, then wait until every application runs."""
+def start_deploy(cluster: Service, tmp_path_factory: pytest.TempPathFactory) -> StartDeploy:
+    """`serve deploy`, which takes the configuration and returns."""
 
-    def deploy_and_wait(config: dict[str, Any]) -> Service:
+    def start(config: dict[str, Any]) -> Service:
         path = tmp_path_factory.mktemp("deploy") / "deploy.yaml"
         http_options = {"host": "127.0.0.1", "port": cluster.port}
         path.write_text(yaml.safe_dump({"http_options": http_options, **config}))
-        subprocess.run(
-            [BIN / "serve", "deploy", path, "--address", cluster.dashboard],
-            check=True,
-            capture_output=True,
-            timeout=120,
-        )
+        command = [str(BIN / "serve"), "deploy", str(path), "--address", cluster.dashboard]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        return cluster
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def deploy(start_deploy: StartDeploy) -> Deploy:
+    """`serve deploy`, then wait until every application runs."""
+
+    def deploy_and_wait(config: dict[str, Any]) -> Service:
+        service = start_deploy(config)
         statuses = wait_for_applications({application["name"] for application in config["applications"]})
         assert statuses == dict.fromkeys(statuses, "RUNNING"), serve.status()
-        return cluster
+        return service
 
     return deploy_and_wait
 

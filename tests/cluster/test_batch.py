@@ -78,6 +78,15 @@ def finish(prompts: Path, results: Path) -> tuple[int, str]:
         return process.returncode, told
 
 
+def wait_for_results(results: Path, num_results: int, process: "subprocess.Popen[str]") -> None:
+    """Wait until a batch that is under way has written so many."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not results.exists() or results.read_bytes().count(b"\n") < num_results:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def read(results: Path) -> dict[int, Result]:
     """Results by the line of the input; every line has one."""
     listed = [json.loads(line) for line in results.read_text().splitlines()]
@@ -125,11 +134,7 @@ def test_a_killed_run_is_taken_up_and_bad_lines_are_told(
     mixed, results = tmp_path / "mixed.jsonl", tmp_path / "results.jsonl"
     mixed.write_bytes(prompts.read_bytes() + b"".join(raw + b"\n" for raw, _, _ in BAD))
     with batch(mixed, results, "--concurrency", "2") as process:
-        deadline = time.monotonic() + TIMEOUT_S
-        while not results.exists() or results.read_bytes().count(b"\n") < 10:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for_results(results, 10, process)
         process.kill()
         process.wait()
     with results.open("ab") as file:
@@ -157,6 +162,22 @@ def test_a_killed_run_is_taken_up_and_bad_lines_are_told(
     assert status == 0, told
     assert f"{NUM_PROMPTS} of them done before" in told
     assert all("error" not in result for result in read(results).values())
+
+
+def test_a_coordinator_that_dies_costs_no_answer(prompts: Path, tmp_path: Path, undisturbed: dict[int, Result]) -> None:
+    results = tmp_path / "results.jsonl"
+    with batch(prompts, results, "--concurrency", "8") as process:
+        wait_for_results(results, 10, process)
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        names = [actor["name"] for actor in actors if "#Coordinator#" in actor["name"]]
+        for name in names:
+            ray.kill(ray.get_actor(name, namespace="serve"))
+        _, told = process.communicate(timeout=TIMEOUT_S)
+    assert len(names) == 1
+    assert "next try in 1 s" in told
+    assert process.returncode == 0, told
+    answered = read(results)
+    assert sum(answered[line]["token_ids"] != undisturbed[line]["token_ids"] for line in undisturbed) <= 1
 
 
 def test_a_service_that_does_not_run_stops_the_start(prompts: Path, tmp_path: Path) -> None:

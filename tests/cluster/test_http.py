@@ -74,7 +74,7 @@ def test_a_chat_completion_has_its_parts(client: OpenAI) -> None:
 
 def test_content_may_come_in_text_parts(client: OpenAI) -> None:
     whole = client.chat.completions.create(model="base", messages=CHAT, max_tokens=8, seed=1)
-    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    parts: list[Any] = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     in_parts = client.chat.completions.create(
         model="base", messages=[{"role": "user", "content": parts}], max_tokens=8, seed=1
     )

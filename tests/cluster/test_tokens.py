@@ -1,7 +1,6 @@
 """The service writes the reference's tokens, over every transport, alone and in a batch."""
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,14 +42,19 @@ GUIDES = {
 }
 
 
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny base with guides of its own and of other vocabulary sizes, on disk."""
+    root = tmp_path_factory.mktemp("models")
+    return {name: tiny.save(model, root / name) for name, model in {"base": BASE, **GUIDES}.items()}
+
+
 @pytest.fixture(scope="module", params=["auto", "grpc"], autouse=True)
-def service(request: pytest.FixtureRequest, deploy: Deploy, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A tiny base with guides of its own and of other vocabulary sizes."""
-    root: Path = tmp_path_factory.mktemp("models")
-    base = tiny.save(BASE, root / "base")
-    guides = {name: model_args(tiny.save(model, root / name), base=base) for name, model in GUIDES.items()}
+def service(request: pytest.FixtureRequest, deploy: Deploy, directories: dict[str, str]) -> None:
+    guides = {name: model_args(directories[name], base=directories["base"]) for name in GUIDES}
     limits = {"max_prompt_tokens_per_step": 16}
-    deploy(service_config(model_args(base), guides, exchange={"transport": request.param}, limits=limits))
+    base = model_args(directories["base"])
+    deploy(service_config(base, guides, exchange={"transport": request.param}, limits=limits))
 
 
 def tokens_of(model: PreTrainedModel, prompt: str) -> list[int]:
@@ -78,7 +82,7 @@ async def answer_all(requests: list[dict[str, Any]]) -> list[Piece]:
 
 
 async def test_greedy_tokens_are_the_references_for_many_prompts_at_once() -> None:
-    requests = [
+    requests: list[dict[str, Any]] = [
         {"prompt": prompt, "weights": GUIDANCE[i % len(GUIDANCE)], "temperature": 0} for i, prompt in enumerate(PROMPTS)
     ]
     comparison = Comparison()
@@ -89,7 +93,7 @@ async def test_greedy_tokens_are_the_references_for_many_prompts_at_once() -> No
 
 
 async def test_sampled_tokens_are_the_references_alone_and_among_sixteen() -> None:
-    requests = [
+    requests: list[dict[str, Any]] = [
         {"prompt": PROMPTS[i], "weights": GUIDANCE[i % len(GUIDANCE)], "seed": 1000 + i, **SAMPLINGS[i % 4]}
         for i in range(16)
     ]

@@ -1,0 +1,45 @@
+"""A service that cannot work says so when it starts, and the rest of it runs all the same."""
+
+from pathlib import Path
+
+import pytest
+import requests
+from ray import serve
+
+from deploy.client import Client
+from tests import tiny
+from tests.cluster.conftest import Service, StartDeploy, model_args, service_config, wait_for_applications
+
+
+@pytest.fixture(scope="module")
+def service(start_deploy: StartDeploy, tmp_path_factory: pytest.TempPathFactory) -> Service:
+    """A base, and a guide whose tokenizer has another letter at one place."""
+    root: Path = tmp_path_factory.mktemp("models")
+    base = tiny.save(tiny.talkative(tiny.llama(60)), root / "base")
+    other = tiny.tokenizer(60)
+    other._tokenizer = other.backend_tokenizer.from_str(other.backend_tokenizer.to_str().replace('"e":8,', '"é":8,'))
+    guide = tiny.save(tiny.llama(60), root / "other", with_tokenizer=other)
+    config = service_config(model_args(base), {"other": model_args(guide, base=base)})
+    service = start_deploy(config)
+    wait_for_applications({application["name"] for application in config["applications"]})
+    return service
+
+
+def test_a_guide_with_another_tokenizer_does_not_start_and_names_the_token(service: Service) -> None:
+    applications = serve.status().applications
+    assert applications["trimtab-guide-other"].status == "DEPLOY_FAILED"
+    messages = [deployment.message for deployment in applications["trimtab-guide-other"].deployments.values()]
+    assert "guide 'other' has another tokenizer than the base: token 8 is 'é' in the guide and 'e' in" in messages[0]
+    assert applications["trimtab-base"].status == "RUNNING"
+
+
+def test_health_names_the_guide_that_is_missing(service: Service) -> None:
+    answer = requests.get(f"{service.url}/health", timeout=60)
+    assert answer.status_code == 503
+    assert answer.json()["missing"] == ["trimtab-guide-other"]
+    assert answer.headers["Retry-After"]
+
+
+@pytest.mark.usefixtures("service")
+def test_the_base_answers_all_the_same() -> None:
+    assert Client().generate(prompt="hello", max_tokens=3, temperature=0.0)["finish_reason"] == "length"
