@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# Ray starts jobs with the `python` that is on its PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
 .PHONY: serve test check format models proto clean
 
 # The service in the foreground, on http://127.0.0.1:8000; Ctrl-C ends it.

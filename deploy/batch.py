@@ -18,22 +18,17 @@ from typing import IO, Any
 import ray
 from pydantic import ValidationError
 from ray import serve
-from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import RayError
 from tqdm import tqdm
 
 from actors.coordinator.request import invalid_request
 from actors.coordinator.sequence import Piece
-from cluster.errors import DeadlineExceeded, InvalidConfiguration, Overloaded, ReplicaLost
+from cluster.errors import DeadlineExceeded, InvalidConfiguration, Overloaded, ReplicaLost, TrimtabError
 from deploy.batch_lines import BatchLine, Defaults, Line, Pending, read_lines
 from deploy.batch_results import ResultFile
 from deploy.client import AsyncClient
 
-TRANSIENT = (
-    *(ReplicaLost, Overloaded, DeadlineExceeded),
-    # What Ray says when a coordinator is replaced.
-    *(RayActorError, BackPressureError, DeploymentUnavailableError),
-)
+TRANSIENT = (ReplicaLost, Overloaded, DeadlineExceeded)
 """Errors that another try may not meet."""
 
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -151,7 +146,8 @@ def connect() -> AsyncClient:
     """Return a client of the service on the running cluster.
 
     Raises:
-        InvalidConfiguration: there is no cluster, or the service does not run on it.
+        InvalidConfiguration: there is no cluster, or the service on it does not run yet.
+        ReplicaLost: there is no service on it.
     """
     start = "start the service with `serve run deploy.yaml` (or `serve deploy deploy.yaml` on a running cluster)"
     # Where a cluster's address is known but nothing answers there, Ray tries for minutes without a word.
@@ -162,9 +158,7 @@ def connect() -> AsyncClient:
         raise InvalidConfiguration(f"no Ray cluster runs on this machine; {start}") from error
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     application = serve.status().applications.get("trimtab")
-    if application is None:
-        raise InvalidConfiguration(f"the application `trimtab` does not run on this cluster; {start}")
-    if application.status != "RUNNING":
+    if application is not None and application.status != "RUNNING":
         raise InvalidConfiguration(
             f"the application `trimtab` is {application.status.value}; wait until `serve status` says RUNNING"
         )
@@ -266,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("deploy.batch: stopped; the same command continues", file=sys.stderr)
         return 130
-    except (InvalidConfiguration, OSError, RayError) as error:
+    except (TrimtabError, OSError, RayError) as error:
         print(f"deploy.batch: {error}", file=sys.stderr)
         return 2
 

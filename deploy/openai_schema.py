@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from actors.coordinator.request import ChatMessage, StopStrings
+from actors.coordinator.request import ChatMessage, StopStrings, Text
 from actors.coordinator.sequence import FinishReason, Piece, Usage
 from actors.settings import Weight
 
@@ -73,7 +73,7 @@ class TextRequest(BaseModel):
 class CompletionRequest(TextRequest):
     """Body of POST /v1/completions."""
 
-    prompt: str
+    prompt: Text
 
 
 class ChatCompletionRequest(TextRequest):

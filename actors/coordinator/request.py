@@ -13,6 +13,9 @@ from actors.settings import NO_GUIDANCE, GuidanceSettings, Weight
 from cluster.errors import InvalidRequest, UnknownModel
 
 MAX_STOP_STRINGS = 16
+Text = Annotated[str, Field(max_length=4_000_000)]
+"""More than any context holds. Half a surrogate pair, which has no tokens, is no text either."""
+
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=1000)]],
     Field(max_length=MAX_STOP_STRINGS),
@@ -27,7 +30,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
@@ -36,7 +39,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
     def plain(self) -> Message:
         """Return the turn with its text in one piece."""
@@ -51,7 +54,7 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: list[ChatMessage] | None = None
     model: str = NO_GUIDANCE
     """A profile: a named set of weights."""
@@ -96,17 +99,18 @@ class Generation:
 
 
 def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any]) -> Generation:
-    """Return what is to be generated.
+    """Return what is to be generated. A field that is None counts as absent.
 
     Raises:
         UnknownModel: no such profile.
         InvalidRequest: a field is unknown, of the wrong type or impossible; `field` names it.
     """
     try:
-        request = GenerationRequest.model_validate(dict(fields))
+        request = GenerationRequest.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
         raise invalid_request(error.errors()[0]) from error
-    seed = secrets.randbits(63) if request.seed is None else request.seed
+    # 53 bits: readers of JSON with double-precision numbers keep them all.
+    seed = secrets.randbits(53) if request.seed is None else request.seed
     messages = None if request.messages is None else [message.plain() for message in request.messages]
     return Generation(
         prompt=Prompt(text=request.prompt, messages=messages),

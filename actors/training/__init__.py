@@ -1,7 +1,7 @@
 """How a guide is made: small models derived from a base, and the objective that turns one into a reward model.
 
     preferences  answers sampled from a model, and pairs of them ranked by a reward
-    derive       a cut of a model to some of its layers, and its distillation from the whole
+    derive       a cut of a model to some of its layers, and LoRA adapters
     objective    the ARM loss, the distillation loss, and logits at response positions only
     fit          the optimisation loop
 

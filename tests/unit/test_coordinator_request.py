@@ -66,6 +66,8 @@ def test_one_stop_string_or_a_list(stop: Any) -> None:
         ({"prompt": "x", "max_tokens": 2.5}, "max_tokens", "integer"),
         ({"prompt": "x", "max_tokens": True}, "max_tokens", "integer, not True"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "messages.0.content is missing"),
+        ({"prompt": "half a \ud800"}, "prompt", "valid string"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content.constrained-str", "valid string"),
         ({"prompt": "x", "stop": "y" * 1001}, "stop.0", "at most 1000 characters"),
     ],
 )
@@ -79,3 +81,10 @@ def test_an_impossible_field_is_named_with_its_value(fields: dict[str, Any], fie
 def test_an_unknown_profile_lists_those_there_are() -> None:
     with pytest.raises(UnknownModel, match="no model 'nicer'; models are: base, both, kinder"):
         parse_request(GUIDANCE, {"prompt": "x", "model": "nicer"})
+
+
+def test_none_is_absent() -> None:
+    nothing = dict.fromkeys(("weights", "max_tokens", "temperature", "top_p", "stop", "messages"))
+    assert parse_request(GUIDANCE, {**nothing, "prompt": "x", "seed": 1}) == parse_request(
+        GUIDANCE, {"prompt": "x", "seed": 1}
+    )
