@@ -185,5 +185,5 @@ def test_a_service_that_does_not_run_stops_the_start(prompts: Path, tmp_path: Pa
     serve.delete("trimtab")
     status, told = finish(prompts, tmp_path / "results.jsonl")
     assert status == 2
-    assert "the application `trimtab` does not run on this cluster; start the service with `serve run" in told
+    assert "no application 'trimtab' runs on this Ray cluster; start it: serve run deploy.yaml" in told
     assert not (tmp_path / "results.jsonl").exists()
