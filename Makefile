@@ -41,12 +41,13 @@ proto: $(VENV)/installed-dev
 clean:
 	rm -rf $(VENV) models .mypy_cache .ruff_cache .pytest_cache
 
-$(VENV)/bin/python:
+$(VENV)/made:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Trimtab needs Python 3.11 or newer; name one with PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
 
 # torch first and by its exact version: a range would take a build with gigabytes of CUDA.
-$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/made
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) --editable .
 	touch $@

@@ -1,11 +1,12 @@
 """The base model's actor: one frozen base per replica."""
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from actors.leases import BaseDescription, Lease, LeaseRequest, Refusal
 from actors.model_server import ModelServer
 from actors.settings import BaseModelSettings
-from actors.vocabularies import end_tokens, load_tokenizer
+from actors.vocabularies import load_tokenizer, read_vocabulary
 
 
 class BaseModel:
@@ -13,16 +14,17 @@ class BaseModel:
 
     def __init__(self, settings: BaseModelSettings) -> None:
         tokenizer = load_tokenizer(settings.model)
-        self._server = ModelServer.load(settings, tokenizer)
+        vocabulary = read_vocabulary(settings.model, tokenizer)
+        self._server = ModelServer.load(settings, tokenizer, base_vocabulary=vocabulary.digest)
         self._server.description = BaseDescription(
-            tokenizer=tokenizer.backend_tokenizer.to_str(),
-            end_tokens=end_tokens(settings.model, tokenizer),
+            tokenizer=tokenizer.backend_tokenizer.to_str(), end_tokens=vocabulary.end_tokens
         )
 
     async def lease(self, request: LeaseRequest) -> AsyncGenerator[Lease | Refusal, None]:
         """Hold room for a sequence; see `ModelServer.lease`."""
-        async for item in self._server.lease(request):
-            yield item
+        async with aclosing(self._server.lease(request)) as items:
+            async for item in items:
+                yield item
 
     async def check_health(self) -> None:
         """Raise if steps are no longer run, so that Serve replaces the replica."""

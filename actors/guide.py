@@ -1,6 +1,7 @@
 """A guide's actor: one autoregressive reward model per replica."""
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from ray import serve
 
@@ -20,17 +21,19 @@ class Guide:
 
     def __init__(self, settings: GuideSettings) -> None:
         tokenizer = load_tokenizer(settings.model)
+        base_vocabulary = read_vocabulary(settings.base, load_tokenizer(settings.base))
         check_vocabulary(
-            read_vocabulary(settings.base, load_tokenizer(settings.base)),
+            base_vocabulary,
             read_vocabulary(settings.model, tokenizer),
             guide_name=serve.get_replica_context().app_name.removeprefix("trimtab-guide-"),
         )
-        self._server = ModelServer.load(settings, tokenizer)
+        self._server = ModelServer.load(settings, tokenizer, base_vocabulary=base_vocabulary.digest)
 
     async def lease(self, request: LeaseRequest) -> AsyncGenerator[Lease | Refusal, None]:
         """Hold room for a sequence; see `ModelServer.lease`."""
-        async for item in self._server.lease(request):
-            yield item
+        async with aclosing(self._server.lease(request)) as items:
+            async for item in items:
+                yield item
 
     async def check_health(self) -> None:
         """Raise if steps are no longer run, so that Serve replaces the replica."""

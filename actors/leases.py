@@ -49,6 +49,9 @@ class Lease:
 
     prompt_tokens: Sequence[int]
     max_context: int
+    base_vocabulary: str
+    """Digest of the base's tokens; a guide's must be that of the base that it steers."""
+
     description: BaseDescription | None = None
     """From a base that the coordinator does not know yet."""
 

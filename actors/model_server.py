@@ -5,6 +5,8 @@
 
 import asyncio
 import logging
+import os
+import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,8 +23,11 @@ from cluster import exchange
 from cluster.errors import DeadlineExceeded, EngineError, InvalidRequest, ReplicaLost, TrimtabError
 from cluster.exchange import Failure, Step, StepRows, StepServer
 
-ATTACH_TIMEOUT_S = 5.0
-"""A lease whose coordinator has not opened its stream by then ends."""
+ATTACH_TIMEOUT_S = 15.0
+"""A lease whose coordinator has not opened its stream by then ends; longer than a coordinator tries."""
+
+HANG_S = 120.0
+"""A step that takes longer will never end."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +51,9 @@ class ModelServer:
     def __init__(self, engine: Engine, encoder: PromptEncoder, *, replica: str, host: str, max_rows: int) -> None:
         self.engine = engine
         self.description: BaseDescription | None = None
+        """Of a base, for coordinators."""
+        self.base_vocabulary = ""
+        """Digest of the base's tokens: its own, or those that a guide was checked against."""
         self._encoder = encoder
         self._replica = replica
         self._server = StepServer(
@@ -58,23 +66,26 @@ class ModelServer:
         self._open: set[str] = set()
         self._waiting: list[_Waiting] = []
         self._wake = asyncio.Event()
+        self._busy_since: float | None = None
 
     @classmethod
-    def load(cls, settings: BaseModelSettings, tokenizer: Any) -> "ModelServer":
+    def load(cls, settings: BaseModelSettings, tokenizer: Any, *, base_vocabulary: str) -> "ModelServer":
         """Load the model that the settings name, to be served by this Serve replica."""
         engine = Engine.load(
             settings.model,
             dtype=settings.torch_dtype,
             max_sequences=settings.max_sequences,
             max_context=settings.max_context,
-            threads=settings.threads,
+            threads=settings.threads or len(os.sched_getaffinity(0)),
             device=settings.device,
         )
         replica = serve.get_replica_context().replica_id.to_full_id_str()
         encoder = PromptEncoder(tokenizer, settings.prompt_template)
-        return cls(
+        server = cls(
             engine, encoder, replica=replica, host=ray.util.get_node_ip_address(), max_rows=settings.max_sequences
         )
+        server.base_vocabulary = base_vocabulary
+        return server
 
     async def start(self) -> None:
         """Open the data plane, unless it is open."""
@@ -92,9 +103,11 @@ class ModelServer:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def check_health(self) -> None:
-        """Raise `ReplicaLost` if steps are no longer run."""
+        """Raise `ReplicaLost` if steps are no longer run, or one hangs."""
         if self._loop is not None and self._loop.done():
             raise ReplicaLost(f"the loop of {self._replica} has ended")
+        if self._busy_since is not None and time.monotonic() - self._busy_since > HANG_S:
+            raise ReplicaLost(f"a step of {self._replica} has not ended within {HANG_S:g} s")
 
     async def lease(self, request: LeaseRequest) -> AsyncGenerator[Lease | Refusal, None]:
         """Hold room for a sequence until the caller ends the call or its stream breaks.
@@ -118,6 +131,7 @@ class ModelServer:
                 fingerprint=self.engine.fingerprint,
                 prompt_tokens=tokens,
                 max_context=self.engine.max_context,
+                base_vocabulary=self.base_vocabulary,
                 description=None if self.engine.fingerprint in request.known_bases else self.description,
             )
             await self._server.wait_attached(request.coordinator, ATTACH_TIMEOUT_S)
@@ -163,6 +177,7 @@ class ModelServer:
             await self._wake.wait()
             self._wake.clear()
             batch, self._waiting = self._waiting, []
+            self._busy_since = time.monotonic()
             try:
                 results = await loop.run_in_executor(self._thread, self._compute, batch)
             except Exception as error:
@@ -171,6 +186,8 @@ class ModelServer:
                     if not waiting.rows.done():
                         waiting.rows.set_exception(TrimtabError(f"the model's step failed: {error!r}"))
                 continue
+            finally:
+                self._busy_since = None
             for waiting, rows in zip(batch, results, strict=True):
                 if not waiting.rows.done():
                     waiting.rows.set_result(rows)
@@ -186,7 +203,7 @@ class ModelServer:
             for item in waiting.step.work:
                 try:
                     work[-1].append(self._prepare(_key(waiting.coordinator, item.sequence), item, taken))
-                except EngineError as error:
+                except (EngineError, ReplicaLost) as error:
                     failures[-1].append(Failure(item.sequence, type(error).__name__, str(error)))
         rows = self.engine.step([item for items in work for item in items])
         results = []
@@ -201,10 +218,11 @@ class ModelServer:
 
         Raises:
             EngineError: the engine would refuse the item, and with it everybody else's.
+            ReplicaLost: the sequence's lease has ended.
         """
         prompt = self._prompts.get(key)
         if prompt is None:
-            raise EngineError(f"sequence {item.sequence!r} has no lease on {self._replica}")
+            raise ReplicaLost(f"sequence {item.sequence!r} has no lease on {self._replica}")
         if key not in self._open:
             self.engine.open(key, prompt)
             self._open.add(key)

@@ -58,7 +58,7 @@ class BaseModelSettings(Settings):
     """Tokens per sequence, prompt and output together."""
 
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads for the model's operations; torch's own default if absent."""
+    """CPU threads for the model's operations; one for each core if absent."""
 
     resources: Resources = Resources()
 

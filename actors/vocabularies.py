@@ -36,7 +36,7 @@ def end_tokens(model: str, tokenizer: Any) -> frozenset[int]:
 def read_vocabulary(model: str, tokenizer: Any) -> Vocabulary:
     """Return what guidance must know of a model's vocabulary."""
     return Vocabulary(
-        tokens=tokenizer.convert_ids_to_tokens(range(len(tokenizer))),
+        tokens=tokenizer.convert_ids_to_tokens(range(max(tokenizer.get_vocab().values()) + 1)),
         width=AutoConfig.from_pretrained(model).get_text_config().vocab_size,
         end_tokens=end_tokens(model, tokenizer),
     )

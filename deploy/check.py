@@ -129,6 +129,8 @@ def _check_guides(schema: ServeDeploySchema, settings: Mapping[str, BaseModel]) 
 
 def _check_models(settings: Mapping[str, BaseModel]) -> None:
     """Check that models can be read, have enough context, and that the guides' vocabularies fit the base's."""
+    base = settings[BASE]
+    assert isinstance(base, BaseModelSettings)
     for name, model in settings.items():
         if isinstance(model, BaseModelSettings):
             try:
@@ -140,6 +142,8 @@ def _check_models(settings: Mapping[str, BaseModel]) -> None:
                     f"{name}: max_context is {model.max_context}, but {model.model} can take {longest} tokens"
                 )
         if isinstance(model, GuideSettings):
+            if model.base != base.model:
+                raise InvalidConfiguration(f"{name}: base is {model.base}, but {BASE} serves {base.model}")
             check_vocabulary(
                 read_vocabulary(model.base, load_tokenizer(model.base)),
                 read_vocabulary(model.model, load_tokenizer(model.model)),

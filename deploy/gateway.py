@@ -1,6 +1,8 @@
 """The HTTP side of the service: OpenAI's API in, server-sent events out. Holds no model."""
 
 import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -8,8 +10,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from actors.coordinator.sequence import Piece
 from actors.settings import NO_GUIDANCE, GuidanceSettings, parse_guidance
-from deploy.openai_schema import Answer, ChatCompletionRequest, CompletionRequest
+from cluster.errors import DeadlineExceeded
+from deploy.openai_schema import Answer, ChatCompletionRequest, CompletionRequest, TextRequest
 from deploy.responses import RETRY_AFTER_S, answer_errors, stream_events
 
 app = FastAPI(title="Trimtab", description="Weak-to-strong guided generation")
@@ -20,8 +24,10 @@ answer_errors(app)
 class Gateway:
     """A Serve deployment that speaks OpenAI's HTTP API."""
 
-    def __init__(self, coordinator: DeploymentHandle) -> None:
+    def __init__(self, coordinator: DeploymentHandle, deadline_s: float) -> None:
         self._coordinator = coordinator
+        # The coordinator's own deadline comes first and says more; this one is for a coordinator that is not there.
+        self._deadline_s = deadline_s + 10
         self._guidance = GuidanceSettings()
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -64,9 +70,39 @@ class Gateway:
     async def _answer(self, request: CompletionRequest | ChatCompletionRequest) -> Response:
         answer = Answer(request)
         if not request.stream:
-            return JSONResponse(answer.whole(await self._coordinator.generate.remote(**request.fields())))
-        pieces = self._coordinator.options(stream=True).stream.remote(**request.fields())
+            return JSONResponse(answer.whole(await self._generate(request)))
+        pieces = self._stream(request)
         # The first piece decides between an error's own status and a stream.
         first = await anext(pieces)
         events = stream_events(answer, first, pieces, with_usage=request.wants_usage_chunk)
         return StreamingResponse(events, media_type="text/event-stream")
+
+    async def _generate(self, request: TextRequest) -> Piece:
+        """A whole answer; given up when the client leaves."""
+        call = self._coordinator.generate.remote(**request.fields())
+        try:
+            async with self._deadline():
+                return await call
+        finally:
+            call.cancel()
+
+    async def _stream(self, request: TextRequest) -> AsyncGenerator[Piece, None]:
+        """An answer piece by piece; given up when the client leaves."""
+        call = self._coordinator.options(stream=True).stream.remote(**request.fields())
+        try:
+            while True:
+                async with self._deadline():
+                    piece = await anext(call)
+                yield piece
+                if piece["finish_reason"] is not None:
+                    return
+        finally:
+            call.cancel()
+
+    @asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                yield
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no coordinator answered within {self._deadline_s:g} s") from error

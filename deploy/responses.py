@@ -1,7 +1,7 @@
 """How answers and errors leave the gateway: one table from errors to HTTP, and server-sent events."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from starlette.exceptions import HTTPException
 
 from actors.coordinator.request import invalid_request
 from actors.coordinator.sequence import Piece
@@ -24,6 +25,9 @@ STATUS: dict[type[BaseException], tuple[int, ErrorType]] = {
 }
 """HTTP status and OpenAI error type of every error that a caller must tell apart; all others are 500."""
 
+HTTP_NAMES = {"weights": "guidance.weights"}
+"""Fields that the coordinator knows by another name."""
+
 RETRY_AFTER_S = 5
 FAILURES = (TrimtabError, RayError, RayServeException)
 
@@ -33,15 +37,18 @@ def answer_errors(app: FastAPI) -> None:
     for failure in FAILURES:
         app.add_exception_handler(failure, _answer_failure)
     app.add_exception_handler(RequestValidationError, _answer_bad_body)
+    app.add_exception_handler(HTTPException, _answer_http_error)
 
 
-async def stream_events(answer: Answer, first: Piece, pieces: Any, *, with_usage: bool) -> AsyncIterator[str]:
+async def stream_events(
+    answer: Answer, first: Piece, pieces: AsyncGenerator[Piece, None], *, with_usage: bool
+) -> AsyncIterator[str]:
     """Yield a stream's events; an error after the first token is the last of them.
 
     Args:
         answer: forms the chunks.
         first: the first piece.
-        pieces: the coordinator's streaming call, past its first piece; cancelled when the stream ends.
+        pieces: those after it; closed when the stream ends.
         with_usage: whether a last chunk gives the token counts.
     """
     piece = first
@@ -56,7 +63,7 @@ async def stream_events(answer: Answer, first: Piece, pieces: Any, *, with_usage
         _, detail = _describe(error)
         yield _event({"error": detail.model_dump()})
     finally:
-        pieces.cancel()
+        await pieces.aclose()
 
 
 def _event(body: dict[str, Any]) -> str:
@@ -68,7 +75,9 @@ def _describe(error: BaseException) -> tuple[int, ErrorDetail]:
     cause = getattr(error, "cause", None) or error
     for kind, (status, error_type) in STATUS.items():
         if isinstance(cause, kind):
-            return status, ErrorDetail(message=str(cause), type=error_type, param=getattr(cause, "field", None))
+            field: str | None = getattr(cause, "field", None)
+            param = HTTP_NAMES.get(field, field) if field else None
+            return status, ErrorDetail(message=str(cause), type=error_type, param=param)
     return 500, ErrorDetail(message=f"{type(cause).__name__}: {cause}", type="server_error")
 
 
@@ -76,6 +85,13 @@ async def _answer_failure(_: Request, error: Exception) -> JSONResponse:
     status, detail = _describe(error)
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
     return JSONResponse({"error": detail.model_dump()}, status, headers)
+
+
+async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
+    """An unknown path or method, or a body that cannot be decoded."""
+    assert isinstance(error, HTTPException)
+    detail = ErrorDetail(message=str(error.detail), type="invalid_request_error")
+    return JSONResponse({"error": detail.model_dump()}, error.status_code, error.headers)
 
 
 async def _answer_bad_body(request: Request, error: Exception) -> JSONResponse:

@@ -3,7 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
@@ -15,7 +15,7 @@ from actors.coordinator.sequence import LiveSequence, Piece, Voice
 from actors.coordinator.text import TextWriter
 from actors.leases import BaseDescription, Lease, LeaseRequest
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
-from cluster.errors import DeadlineExceeded, InvalidRequest, Overloaded
+from cluster.errors import DeadlineExceeded, InvalidConfiguration, InvalidRequest, Overloaded
 from cluster.exchange import StepStream
 
 T = TypeVar("T")
@@ -49,9 +49,10 @@ class Coordinator:
         """Return a whole answer as one piece. Errors are those of `stream`."""
         text: list[str] = []
         token_ids: list[int] = []
-        async for piece in self.stream(**fields):
-            text.append(piece["text"])
-            token_ids += piece["token_ids"]
+        async with aclosing(self.stream(**fields)) as pieces:
+            async for piece in pieces:
+                text.append(piece["text"])
+                token_ids += piece["token_ids"]
         return {**piece, "text": "".join(text), "token_ids": token_ids}
 
     async def stream(self, **fields: Any) -> AsyncGenerator[Piece, None]:
@@ -67,9 +68,9 @@ class Coordinator:
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
         async with AsyncExitStack() as stack:
             stack.enter_context(self._admit())
-            sequence = await self._within(deadline, stack.enter_async_context(self._live(request)))
+            sequence = await self._within(deadline, "begun", stack.enter_async_context(self._live(request)))
             while True:
-                piece = await self._within(deadline, sequence.read())
+                piece = await self._within(deadline, "finished", sequence.read())
                 yield piece
                 if piece["finish_reason"] is not None:
                     return
@@ -85,13 +86,13 @@ class Coordinator:
         finally:
             self._num_open -= 1
 
-    async def _within(self, deadline: float, answer: Awaitable[T]) -> T:
+    async def _within(self, deadline: float, done: str, answer: Awaitable[T]) -> T:
         # Never around a `yield`: the time that a caller takes to come back is not ours to cancel.
         try:
             async with asyncio.timeout_at(deadline):
                 return await answer
         except TimeoutError as error:
-            raise DeadlineExceeded(f"the answer was not finished within {self._limits.deadline_s:g} s") from error
+            raise DeadlineExceeded(f"the answer was not {done} within {self._limits.deadline_s:g} s") from error
 
     @asynccontextmanager
     async def _live(self, request: Generation) -> AsyncIterator[LiveSequence]:
@@ -109,6 +110,9 @@ class Coordinator:
                 )
                 granted[name] = await leases.enter_async_context(self._replicas.lease(name, wanted))
             base_lease, base_stream = granted[NO_GUIDANCE]
+            for name, (lease, _) in granted.items():
+                if lease.base_vocabulary != base_lease.base_vocabulary:
+                    raise InvalidConfiguration(f"guide {name!r} was made for another base; correct `base` in its args")
             description, tokenizer = self._learn(base_lease)
             sequence = LiveSequence(
                 key=key,
@@ -137,7 +141,7 @@ class Coordinator:
 
     def _learn(self, lease: Lease) -> tuple[BaseDescription, Tokenizer]:
         """The base's end tokens and tokenizer, which come with the first lease on it."""
-        if lease.description is not None:
+        if lease.description is not None and lease.fingerprint not in self._bases:
             self._bases[lease.fingerprint] = lease.description, Tokenizer.from_str(lease.description.tokenizer)
         return self._bases[lease.fingerprint]
 

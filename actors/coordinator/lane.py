@@ -49,6 +49,7 @@ class Lane:
 
     def remove(self, sequence: LiveSequence) -> None:
         """Take a sequence out, finished or not."""
+        sequence.fail(TrimtabError("its reader has left"))
         if sequence in self._sequences:
             self._sequences.remove(sequence)
         self._arrival.set()
@@ -59,17 +60,21 @@ class Lane:
                 await self._step()
         except Exception as error:
             logger.exception("a lane's loop failed")
-            for sequence in self._sequences:
+            for sequence in [*self._sequences, *self._unwritten]:
                 sequence.fail(TrimtabError(f"the coordinator's step failed: {error!r}"))
             self._sequences.clear()
+            self._unwritten.clear()
         finally:
             self._release_rows()
             self._loop = None
 
     async def _step(self) -> None:
+        self._arrival.clear()
         plan = plan_step(self._sequences, self._limits.max_prompt_tokens_per_step)
         flights = self._scatter(plan)
-        await asyncio.sleep(0)  # the messages leave before anything else is done
+        # Two turns of the event loop: into the streams' queues, and out of them.
+        for _ in range(2):
+            await asyncio.sleep(0)
         self._write()
         await self._gather(flights)
         ready = [sequence for sequence in self._sequences if sequence.can_draw]
@@ -115,16 +120,21 @@ class Lane:
         failures = {failure.sequence: failure for failure in rows.failures}
         for chunk in chunks:
             if failure := failures.get(chunk.sequence.key):
-                chunk.sequence.fail(EngineError(f"{chunk.voice.name} could not take a step: {failure.message}"))
+                kind = ReplicaLost if failure.kind == ReplicaLost.__name__ else EngineError
+                chunk.sequence.fail(kind(f"{chunk.voice.name} could not take a step: {failure.message}"))
         completing = [chunk for chunk in chunks if chunk.completes and chunk.sequence.key not in failures]
         for chunk, row in zip(completing, rows.tensor, strict=True):
             chunk.voice.row = row
 
     def _write(self) -> None:
         """Turn the last step's tokens into text while the models compute."""
-        for sequence in self._unwritten:
-            sequence.write()
-        self._unwritten.clear()
+        unwritten, self._unwritten = self._unwritten, []
+        for sequence in unwritten:
+            try:
+                sequence.write()
+            except Exception as error:
+                logger.exception("tokens could not be written as text")
+                sequence.fail(TrimtabError(f"tokens could not be written as text: {error!r}"))
 
     async def _gather(self, flights: set[asyncio.Task[None]]) -> None:
         """Wait for this step's rows; for late ones of earlier steps, or for a new sequence, if this step has none."""
@@ -136,14 +146,16 @@ class Lane:
             if late:
                 await asyncio.wait(late, timeout=2 * elapsed_s + PATIENCE_S)
         elif self._sequences:
-            self._arrival.clear()
             arrival = asyncio.create_task(self._arrival.wait())
             await asyncio.wait({arrival, *self._flights}, return_when=asyncio.FIRST_COMPLETED)
             arrival.cancel()
 
-    def _commit(self, sequences: Sequence[LiveSequence], tokens: Sequence[int]) -> None:
+    def _commit(self, sequences: Sequence[LiveSequence], tokens: Sequence[int | None]) -> None:
         for sequence, token in zip(sequences, tokens, strict=True):
-            if sequence.is_live:
+            if token is None:
+                names = ", ".join(voice.name for voice in sequence.voices)
+                sequence.fail(EngineError(f"the merged logits of {names} are not finite; use a wider dtype"))
+            elif sequence.is_live:
                 sequence.commit(token)
                 self._unwritten.append(sequence)
         self._sequences = [sequence for sequence in self._sequences if sequence.is_live]
@@ -163,9 +175,11 @@ class Lane:
 
 
 @torch.inference_mode()
-def merge_and_draw(sequences: Sequence[LiveSequence]) -> list[int]:
-    """Return the next token of each sequence, from the rows of all its voices."""
+def merge_and_draw(sequences: Sequence[LiveSequence]) -> list[int | None]:
+    """Return the next token of each sequence, from the rows of all its voices; None where they hold NaN or no best."""
     z_BV = merge([sequence.base_row() for sequence in sequences], [sequence.guidance() for sequence in sequences])
     samplings = [sequence.sampling for sequence in sequences]
     positions = [len(sequence.output) for sequence in sequences]
-    return draw(z_BV, samplings, positions, [0] * len(sequences)).tolist()
+    tokens = draw(z_BV, samplings, positions, [0] * len(sequences)).tolist()
+    are_finite = z_BV.amax(dim=-1).isfinite().tolist()
+    return [token if is_finite else None for token, is_finite in zip(tokens, are_finite, strict=True)]

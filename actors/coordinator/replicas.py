@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
@@ -18,14 +18,6 @@ from cluster.exchange import StepStream, Transport
 CONNECT_TIMEOUT_S = 10.0
 
 logger = logging.getLogger(__name__)
-
-
-class LeaseCall(Protocol):
-    """The part of a Serve handle that leases use."""
-
-    def __call__(self, request: LeaseRequest) -> Any:
-        """Start a lease; the result yields it, lasts as long as it does, and can be cancelled."""
-        ...
 
 
 def model_handle(name: str) -> Any:
@@ -43,6 +35,7 @@ class Replicas:
         self._transport: Transport = transport
         self._streams: dict[str, StepStream] = {}
         self._connecting: dict[str, asyncio.Lock] = {}
+        self._closing: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def lease(self, name: str, request: LeaseRequest) -> AsyncIterator[tuple[Lease, StepStream]]:
@@ -92,7 +85,9 @@ class Replicas:
     def _forget(self, address: str, stream: StepStream) -> None:
         if self._streams.get(address) is stream:
             del self._streams[address]
-            del self._connecting[address]
+        closing = asyncio.get_running_loop().create_task(stream.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
         """Close every stream."""

@@ -39,14 +39,15 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: Text | list[TextPart]
+    content: Annotated[
+        list[TextPart],
+        BeforeValidator(lambda text: [{"type": "text", "text": text}] if isinstance(text, str) else text),
+    ]
+    """A text, or parts of one."""
 
     def plain(self) -> Message:
         """Return the turn with its text in one piece."""
-        content = self.content
-        return Message(
-            role=self.role, content=content if isinstance(content, str) else "".join(part.text for part in content)
-        )
+        return Message(role=self.role, content="".join(part.text for part in self.content))
 
 
 class GenerationRequest(BaseModel):
@@ -91,9 +92,6 @@ class Generation:
     """Of the guides in use, none of them 0, in the order in which they are summed."""
 
     sampling: Sampling
-    seed: int
-    """As the caller gave it, or as it was chosen."""
-
     max_tokens: int | None
     stop: tuple[str, ...]
 
@@ -122,7 +120,6 @@ def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any]) -> Gene
             min_p=request.min_p,
             seed=seed,
         ),
-        seed=seed,
         max_tokens=request.max_tokens,
         stop=tuple(request.stop),
     )

@@ -118,7 +118,11 @@ class LiveSequence:
 
     def guidance(self) -> list[Guidance]:
         """The guides' logits for the next token with their weights."""
-        return [Guidance(voice.weight, voice.row) for voice in self.voices[1:] if voice.row is not None]
+        guidance = []
+        for voice in self.voices[1:]:
+            assert voice.row is not None
+            guidance.append(Guidance(voice.weight, voice.row))
+        return guidance
 
     def commit(self, token: int) -> None:
         """Append a drawn token everywhere; end at an end token or at the last that was asked for."""
@@ -136,11 +140,13 @@ class LiveSequence:
             return
         for token in self.output[self._num_written :]:
             self._num_written += 1
-            self._put(self.writer.append(token))
+            if token not in self.end_tokens:
+                self._put(self.writer.append(token))
             if self.writer.is_stopped:
                 self.finish_reason = "stop"
                 # A step may have run ahead of the text; what it drew is not part of the answer.
                 del self.output[self._num_written :]
+                break
         if self.finish_reason is not None:
             self._put(self.writer.finish())
         self._news.set()
@@ -151,7 +157,7 @@ class LiveSequence:
 
     def fail(self, error: BaseException) -> None:
         """End without more tokens; the reader gets the error after what was written."""
-        if self.is_live:
+        if self.error is None and not self._is_written_out:
             self.error = error
             self._news.set()
 

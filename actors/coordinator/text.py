@@ -3,10 +3,15 @@
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 NUM_CONTEXT_TOKENS = 8
 """Prompt tokens that the first token is decoded after: some tokenizers drop the space at the beginning of a text."""
+
+MAX_CHARACTER_TOKENS = 8
+"""A character has at most four bytes; bytes that are none after so many tokens never will be."""
+
+REPLACEMENT = "\ufffd"
+"""What a decoder shows for bytes that are no character, or not yet."""
 
 
 class TextWriter:
@@ -20,8 +25,9 @@ class TextWriter:
         self._tokenizer = tokenizer
         self._stop = stop
         self._tokens = list(prompt[-NUM_CONTEXT_TOKENS:])
-        self._stream = DecodeStream(ids=self._tokens, skip_special_tokens=True)
-        self._num_decoded = len(tokenizer.decode(self._tokens, skip_special_tokens=True))
+        # Tokens are decoded after those before them, from `_start`; the text up to `_read` is written.
+        self._start = 0
+        self._read = len(self._tokens)
         self._held = ""
 
     def append(self, token: int) -> str:
@@ -29,19 +35,28 @@ class TextWriter:
         if self.is_stopped:
             return ""
         self._tokens.append(token)
-        return self._release(self._stream.step(self._tokenizer, token) or "")
+        text = self._unread_text()
+        if text.endswith(REPLACEMENT) and len(self._tokens) - self._read < MAX_CHARACTER_TOKENS:
+            return ""
+        self._start, self._read = self._read, len(self._tokens)
+        return self._release(text)
 
     def finish(self) -> str:
         """Return what was held back, with bytes that never became a character shown as U+FFFD."""
         if self.is_stopped:
             return ""
-        rest = self._tokenizer.decode(self._tokens, skip_special_tokens=True)[self._num_decoded :]
-        text = self._release(rest) + self._held
+        text = self._release(self._unread_text()) + self._held
         self._held = ""
         return text
 
+    def _unread_text(self) -> str:
+        written = self._decode(self._tokens[self._start : self._read])
+        return self._decode(self._tokens[self._start :])[len(written) :]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
     def _release(self, text: str) -> str:
-        self._num_decoded += len(text)
         text = self._held + text
         found = [position for position in (text.find(stop) for stop in self._stop) if position >= 0]
         if found:

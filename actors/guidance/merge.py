@@ -36,5 +36,8 @@ def merge(base: Sequence[Tensor], guidance: Sequence[Sequence[Guidance]]) -> Ten
         for weight, logits_U in guides:
             num_common = min(len(z_V), len(logits_U))
             z_V[:num_common].add_(logits_U[:num_common], alpha=weight)
+            if weight < 0:
+                # What the guide forbids stays forbidden: minus times minus infinity would make it certain.
+                z_V[:num_common].masked_fill_(logits_U[:num_common] == -torch.inf, -torch.inf)
             z_V[num_common:] = -torch.inf
     return z_BV

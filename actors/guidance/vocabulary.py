@@ -1,8 +1,8 @@
 """Which guides fit which base: tokens must agree one by one where both vocabularies have them."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 from cluster.errors import InvalidConfiguration
 
@@ -11,14 +11,19 @@ from cluster.errors import InvalidConfiguration
 class Vocabulary:
     """What of a model's vocabulary guidance depends on."""
 
-    tokens: Sequence[str]
-    """Token strings by id, as the tokenizer has them."""
+    tokens: Sequence[str | None]
+    """Token strings by id, as the tokenizer has them; None where it has none."""
 
     width: int
     """Columns of the model's logits; often padded beyond the tokenizer's tokens."""
 
     end_tokens: frozenset[int]
     """Ids that end a text."""
+
+    @property
+    def digest(self) -> str:
+        """Of the tokens: equal where they are."""
+        return hashlib.sha256(repr(list(self.tokens)).encode()).hexdigest()[:16]
 
 
 def check_vocabulary(base: Vocabulary, guide: Vocabulary, *, guide_name: str) -> None:
@@ -28,10 +33,8 @@ def check_vocabulary(base: Vocabulary, guide: Vocabulary, *, guide_name: str) ->
         InvalidConfiguration: the tokenizers differ on a token that both have (the first one is named), or the guide
             can give no logit to one of the base's end tokens, so that no text would ever end.
     """
-    for token, (ours, theirs) in enumerate(zip_longest(base.tokens, guide.tokens)):
-        if ours is None or theirs is None:
-            break
-        if ours != theirs:
+    for token, (ours, theirs) in enumerate(zip(base.tokens, guide.tokens, strict=False)):
+        if ours is not None and theirs is not None and ours != theirs:
             raise InvalidConfiguration(
                 f"guide {guide_name!r} has another tokenizer than the base: token {token} is {theirs!r} in the guide "
                 f"and {ours!r} in the base. Use a guide that was trained from a model with the base's tokenizer."

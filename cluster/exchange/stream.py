@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -149,9 +148,14 @@ class StepStream:
         return outstanding
 
     async def _send(self) -> None:
-        with suppress(Ended):  # the receiving task tells why
+        try:
             while True:
                 await send(self._call, await self._requests.get())
+        except Ended:
+            pass  # the receiving task tells why
+        except Exception as error:
+            self._lose(f"steps cannot be sent: {error!r}")
+            raise
 
     async def _receive(self) -> None:
         try:

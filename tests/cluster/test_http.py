@@ -161,7 +161,12 @@ def test_without_max_tokens_an_answer_goes_on_to_the_context_limit(service: Serv
         ({"logprobs": 1}, 400, "logprobs", "not supported"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty", "not supported"),
         ({"guidance": {"weights": {"kind": 1}, "beta": 1}}, 400, "guidance.beta", "not supported"),
-        ({"guidance": {"weights": {"cruel": 1}}}, 400, "weights", "no guide 'cruel'; guides are: kind, wordless"),
+        (
+            {"guidance": {"weights": {"cruel": 1}}},
+            400,
+            "guidance.weights",
+            "no guide 'cruel'; guides are: kind, wordless",
+        ),
         ({"guidance": {"weights": {"kind": 1e999}}}, 400, "guidance.weights.kind", "finite number, not inf"),
         ({"guidance": {"weights": {"kind": float("nan")}}}, 400, "guidance.weights.kind", "finite number, not nan"),
         ({"guidance": {"weights": {"kind": 5000}}}, 400, "guidance.weights.kind", "1000"),
@@ -209,6 +214,7 @@ def test_a_bad_body_is_explained(service: Service, body: str, says: str) -> None
     [
         ([], "messages is empty"),
         ([{"role": "user"}], "messages.0.content is missing"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content.0.type: Input should be 'text'"),
         ([{"role": "user", "content": "x", "tool_calls": []}], "messages.0.tool_calls is not supported"),
     ],
 )

@@ -49,7 +49,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: tiny.save(model, root / name) for name, model in {"base": BASE, **GUIDES}.items()}
 
 
-@pytest.fixture(scope="module", params=["auto", "grpc"], autouse=True)
+@pytest.fixture(scope="module", params=["shared_memory", "grpc"], autouse=True)
 def service(request: pytest.FixtureRequest, deploy: Deploy, directories: dict[str, str]) -> None:
     guides = {name: model_args(directories[name], base=directories["base"]) for name in GUIDES}
     limits = {"max_prompt_tokens_per_step": 16}

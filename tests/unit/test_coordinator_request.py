@@ -67,7 +67,7 @@ def test_one_stop_string_or_a_list(stop: Any) -> None:
         ({"prompt": "x", "max_tokens": True}, "max_tokens", "integer, not True"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "messages.0.content is missing"),
         ({"prompt": "half a \ud800"}, "prompt", "valid string"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content.constrained-str", "valid string"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content.0.text", "valid string"),
         ({"prompt": "x", "stop": "y" * 1001}, "stop.0", "at most 1000 characters"),
     ],
 )

@@ -121,6 +121,15 @@ def test_a_guide_with_another_tokenizer_is_refused_by_its_first_differing_token(
         check(config)
 
 
+def test_a_guide_for_another_base_is_refused(config: Config, models: Path) -> None:
+    config = copy.deepcopy(config)
+    applications(config)["trimtab-guide-positivity"]["args"]["base"] = str(models / "kind")
+    with pytest.raises(
+        InvalidConfiguration, match=r"trimtab-guide-positivity: base is /.*/kind, but .* serves /.*/base"
+    ):
+        check(config)
+
+
 def test_a_top_level_key_that_is_misspelt_is_named(config: Config) -> None:
     with pytest.raises(InvalidConfiguration, match=r"^http_option: there is no such key"):
         check({**config, "http_option": {}})

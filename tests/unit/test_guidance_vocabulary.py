@@ -20,6 +20,13 @@ def test_the_first_differing_token_is_named() -> None:
         check_vocabulary(vocabulary("a b c d"), vocabulary("a b X Y"), guide_name="kind")
 
 
+def test_a_hole_in_the_ids_does_not_end_the_comparison() -> None:
+    base = Vocabulary(tokens=["a", None, "c"], width=3, end_tokens=frozenset({0}))
+    with pytest.raises(InvalidConfiguration, match="token 2 is 'X'"):
+        check_vocabulary(base, vocabulary("a b X"), guide_name="kind")
+    check_vocabulary(base, vocabulary("a b c"), guide_name="kind")
+
+
 def test_a_guide_that_cannot_end_a_text_is_refused() -> None:
     with pytest.raises(InvalidConfiguration, match="3 output columns, too few for the base's end token 3"):
         check_vocabulary(vocabulary("a b c d", end=3), vocabulary("a b c"), guide_name="kind")
