@@ -17,7 +17,7 @@ from actors.engine import Work as EngineWork
 from actors.guidance import Sampling
 from actors.guidance import reference as oracle
 from actors.settings import Limits
-from cluster.errors import EngineError, ReplicaLost
+from cluster.errors import EngineError, ReplicaLost, TrimtabError
 from cluster.exchange import Failure, Rows, Work
 from tests import tiny
 from tests.reference import Comparison
@@ -233,6 +233,71 @@ async def test_a_defect_in_the_loop_fails_every_sequence(base: LocalReplica, mon
     for live in sequences:
         with pytest.raises(Exception, match="a defect"):
             await read_all(live)
+
+
+async def test_a_sequence_that_arrives_while_a_step_is_planned_is_not_forgotten(
+    base: LocalReplica, kind: LocalReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = Lane(LIMITS)
+    kind.gate.clear()
+    guided = sequence("guided", base, [(kind, 1.0)], seed=1)
+    free = sequence("free", base, seed=2)
+    lane.add(guided)
+    await asyncio.wait_for(kind.called.wait(), 60)
+
+    def plan_and_add(*args: Any) -> Any:
+        plan = plan_step(*args)
+        if not plan:
+            asyncio.get_running_loop().call_soon(lane.add, free)
+        return plan
+
+    with monkeypatch.context() as patch:
+        patch.setattr("actors.coordinator.lane.plan_step", plan_and_add)
+        await asyncio.wait_for(free.read(), 60)
+    assert await read_all(free)
+    kind.gate.set()
+    await read_all(guided)
+
+
+async def test_logits_that_are_not_finite_fail_their_sequence_alone(base: LocalReplica, kind: LocalReplica) -> None:
+    with torch.no_grad():
+        kind.engine._model.get_output_embeddings().weight[7] = torch.nan
+    lane = Lane(LIMITS)
+    broken, fine = sequence("broken", base, [(kind, 1.0)]), sequence("fine", base, seed=3)
+    lane.add(broken)
+    lane.add(fine)
+    with pytest.raises(EngineError, match="the merged logits of base, guide 0 are not finite"):
+        await read_all(broken)
+    assert broken.output == []
+    assert await read_all(fine) == expected(fine).tokens
+
+
+async def test_text_that_cannot_be_made_fails_its_sequence_alone(
+    base: LocalReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = Lane(LIMITS)
+    broken, fine = sequence("broken", base), sequence("fine", base, seed=3)
+
+    def fail(_: int) -> str:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(broken.writer, "append", fail)
+    lane.add(broken)
+    lane.add(fine)
+    with pytest.raises(TrimtabError, match="a defect"):
+        await read_all(broken)
+    assert await read_all(fine) == expected(fine).tokens
+
+
+async def test_tokens_past_a_stop_string_are_dropped(base: LocalReplica) -> None:
+    live = sequence("a", base, max_tokens=100)
+    live.writer = TextWriter(tiny.tokenizer(80).backend_tokenizer, [], ["b"])
+    for token in tiny.tokenizer(80)("abc").input_ids:
+        live.commit(token)
+    live.write()
+    piece = await live.read()
+    assert (piece["text"], piece["finish_reason"], len(piece["token_ids"])) == ("a", "stop", 2)
+    assert piece["usage"]["completion_tokens"] == 2
 
 
 def test_a_voice_in_flight_or_with_nothing_to_send_is_not_planned() -> None:

@@ -84,3 +84,16 @@ def test_the_space_before_a_first_word_is_kept() -> None:
     after_prompt = TextWriter(words, [0])
     assert [after_prompt.append(token) for token in (1, 2)] == [" big", " world"]
     assert after_prompt.finish() == ""
+
+
+def test_bytes_in_any_order_are_written_as_far_as_they_are_characters() -> None:
+    # As Llama 2 and Mistral have it: one token per byte where a character has none of its own.
+    vocabulary = {"<unk>": 0, "a": 1, "▁": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    e_acute = [3 + byte for byte in "é".encode()]
+    pieces, _ = write(tokenizer, [1, *e_acute, e_acute[0], 1, *e_acute, 1])
+    assert "".join(pieces).startswith("aé")
+    assert "".join(pieces).endswith("aéa")
+    only_garbage, _ = write(tokenizer, [e_acute[0]] * 30)
+    assert set("".join(only_garbage)) == {"�"}

@@ -40,3 +40,9 @@ def test_a_wider_guide_is_cut_and_a_narrower_one_forbids_what_it_lacks() -> None
 def test_sixteen_bit_rows_are_summed_in_float32(dtype: torch.dtype) -> None:
     base, guide = torch.tensor([256.0, 1.0], dtype=dtype), torch.tensor([0.125, 0.0], dtype=dtype)
     assert merge([base], [[Guidance(1.0, guide)]]).tolist() == [[256.125, 1.0]]
+
+
+@pytest.mark.parametrize("weight", [1.0, -1.0])
+def test_what_a_guide_forbids_stays_forbidden(weight: float) -> None:
+    guide = torch.tensor([0.0, -torch.inf, 0.0])
+    assert merge([torch.zeros(3)], [[Guidance(weight, guide)]]).softmax(-1).tolist() == [[0.5, 0.0, 0.5]]

@@ -1,0 +1,177 @@
+"""A replica without Serve: leases, the data plane, and what is left when either ends."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from actors import model_server
+from actors.engine import Engine
+from actors.leases import BaseDescription, Lease, LeaseRequest, Refusal
+from actors.model_server import ModelServer
+from actors.prompts import Prompt, PromptEncoder
+from cluster.errors import ReplicaLost
+from cluster.exchange import StepStream, Work
+from tests import tiny
+
+TIMEOUT_S = 60.0
+MODEL = tiny.llama(80)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[ModelServer]:
+    engine = Engine(tiny.llama(80), max_sequences=4, max_context=32)
+    server = ModelServer(engine, PromptEncoder(tiny.tokenizer(80)), replica="replica", host="127.0.0.1", max_rows=4)
+    server.description = BaseDescription(tokenizer="{}", end_tokens=frozenset({0}))
+    yield server
+    await server.stop()
+
+
+def request(coordinator: str, sequence: str, text: str = "hello", *known: str) -> LeaseRequest:
+    return LeaseRequest(
+        coordinator=coordinator, sequence=sequence, prompt=Prompt(text=text), known_bases=frozenset(known)
+    )
+
+
+@asynccontextmanager
+async def leased(server: ModelServer, *args: str) -> AsyncIterator[Lease]:
+    async with aclosing(server.lease(request(*args))) as items:
+        lease = await anext(items)
+        assert isinstance(lease, Lease)
+        # Serve's caller goes on reading; the lease lasts while it does.
+        holder = asyncio.create_task(anext(items, None))
+        await asyncio.sleep(0)
+        try:
+            yield lease
+        finally:
+            holder.cancel()
+            await asyncio.gather(holder, return_exceptions=True)
+
+
+@asynccontextmanager
+async def attached(lease: Lease, coordinator: str) -> AsyncIterator[StepStream]:
+    stream = await StepStream.connect(lease.address, token=lease.token, coordinator=coordinator, timeout_s=TIMEOUT_S)
+    try:
+        yield stream
+    finally:
+        await stream.close()
+
+
+def logits(tokens: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        row: torch.Tensor = MODEL(torch.tensor([list(tokens)])).logits[0, -1]
+    return row
+
+
+async def last_row(stream: StepStream, sequence: str, tokens: Any, length: int = 0) -> torch.Tensor:
+    work = [Work(sequence, length, tokens, (len(tokens) - 1,))]
+    with await stream.step(work, timeout_s=TIMEOUT_S) as rows:
+        if rows.failures:
+            raise LookupError(f"{rows.failures[0].kind}: {rows.failures[0].message}")
+        return rows.tensor[0].clone()
+
+
+async def test_a_lease_brings_the_prompt_and_the_data_plane(server: ModelServer) -> None:
+    async with leased(server, "c", "s") as lease, attached(lease, "c") as stream:
+        assert list(lease.prompt_tokens) == tiny.tokenizer(80)("hello").input_ids
+        assert lease.description == server.description
+        row = await last_row(stream, "s", lease.prompt_tokens)
+        assert torch.allclose(row, logits(lease.prompt_tokens), atol=1e-4)
+        again = await last_row(stream, "s", [9], len(lease.prompt_tokens))
+        assert torch.allclose(again, logits([*lease.prompt_tokens, 9]), atol=1e-4)
+
+
+async def test_a_base_that_is_known_is_not_described_again(server: ModelServer) -> None:
+    async with leased(server, "c", "s", "hello", server.engine.fingerprint) as lease:
+        assert lease.description is None
+
+
+@pytest.mark.parametrize(("text", "says"), [("", "empty"), ("x" * 32, "32 tokens, but the context limit is 32")])
+async def test_a_prompt_that_cannot_be_taken_is_refused(server: ModelServer, text: str, says: str) -> None:
+    items = [item async for item in server.lease(request("c", "s", text))]
+    assert len(items) == 1
+    assert isinstance(items[0], Refusal)
+    assert says in items[0].message
+    assert items[0].field == "prompt"
+
+
+async def test_work_without_a_lease_is_refused_and_its_neighbours_done(server: ModelServer) -> None:
+    async with leased(server, "c", "s") as lease, attached(lease, "c") as stream:
+        work = [Work("stranger", 0, (1,), (0,)), Work("s", 0, tuple(lease.prompt_tokens), (4,))]
+        with await stream.step(work, timeout_s=TIMEOUT_S) as rows:
+            assert [(failure.sequence, failure.kind) for failure in rows.failures] == [("stranger", "ReplicaLost")]
+            assert torch.allclose(rows.tensor[0], logits(lease.prompt_tokens), atol=1e-4)
+
+
+async def test_work_that_the_engine_refuses_spoils_no_other(server: ModelServer) -> None:
+    async with leased(server, "c", "a") as lease, leased(server, "c", "b"), attached(lease, "c") as stream:
+        work = [Work("a", 0, (79, 80), (1,)), Work("b", 0, (3,), (0,))]
+        with await stream.step(work, timeout_s=TIMEOUT_S) as rows:
+            assert "token id 80 is outside the vocabulary" in rows.failures[0].message
+            assert torch.allclose(rows.tensor[0], logits([3]), atol=1e-4)
+
+
+async def test_two_coordinators_may_use_the_same_names(server: ModelServer) -> None:
+    async with (
+        leased(server, "c", "s", "hello") as lease,
+        leased(server, "d", "s", "world") as other,
+        attached(lease, "c") as c,
+        attached(other, "d") as d,
+    ):
+        rows = await asyncio.gather(last_row(c, "s", lease.prompt_tokens), last_row(d, "s", other.prompt_tokens))
+        assert torch.allclose(rows[0], logits(lease.prompt_tokens), atol=1e-4)
+        assert torch.allclose(rows[1], logits(other.prompt_tokens), atol=1e-4)
+
+
+async def test_the_end_of_a_lease_frees_its_place(server: ModelServer) -> None:
+    for round_ in range(3):
+        sequences = [f"{round_}-{i}" for i in range(4)]
+        async with leased(server, "c", "keep") as lease, attached(lease, "c") as stream:
+            for sequence in sequences:
+                async with leased(server, "c", sequence):
+                    await last_row(stream, sequence, [5])
+                with pytest.raises(LookupError, match=r"ReplicaLost: .* has no lease"):
+                    await last_row(stream, sequence, [5])
+
+
+async def test_the_end_of_a_stream_ends_its_leases_and_frees_all(server: ModelServer) -> None:
+    async def hold(items: AsyncGenerator[Lease | Refusal, None]) -> None:
+        async for _ in items:
+            pass
+
+    calls = [server.lease(request("c", str(i))) for i in range(4)]
+    leases = [await anext(call) for call in calls]
+    assert isinstance(leases[0], Lease)
+    holders = [asyncio.create_task(hold(call)) for call in calls]
+    async with attached(leases[0], "c") as stream:
+        for i in range(4):
+            await last_row(stream, str(i), [5])
+    await asyncio.wait_for(asyncio.gather(*holders), TIMEOUT_S)
+    async with leased(server, "d", "s") as lease, attached(lease, "d") as stream:
+        for _ in range(4):
+            assert torch.allclose(await last_row(stream, "s", [5]), logits([5]), atol=1e-4)
+
+
+async def test_a_lease_whose_stream_never_comes_ends(server: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_server, "ATTACH_TIMEOUT_S", 0.1)
+    items = [item async for item in server.lease(request("nobody", "s"))]
+    assert len(items) == 1
+
+
+async def test_a_step_that_hangs_makes_the_replica_unhealthy(
+    server: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.check_health()
+    async with leased(server, "c", "s") as lease, attached(lease, "c") as stream:
+        await last_row(stream, "s", [5])
+        server.check_health()
+        monkeypatch.setattr(model_server, "HANG_S", -1.0)
+        running = asyncio.create_task(last_row(stream, "s", [5] * 20, 1))
+        while server._busy_since is None:
+            await asyncio.sleep(0)
+        with pytest.raises(ReplicaLost, match="has not ended"):
+            server.check_health()
+        await running
