@@ -5,6 +5,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,7 +16,7 @@ from openai import OpenAI
 from actors.settings import CHECKOUT
 from tests.cluster.conftest import BIN, START_TIMEOUT_S, free_port
 
-QUESTION = [{"role": "user", "content": "What is it like to work night shifts in a hospital?"}]
+QUESTION: list[Any] = [{"role": "user", "content": "What is it like to work night shifts in a hospital?"}]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root: Path = tmp_path_factory.mktemp("serve")
     (root / "deploy.yaml").write_text(yaml.safe_dump(config))
     with (root / "log").open("wb") as log:
-        command = [BIN / "serve", "run", root / "deploy.yaml"]
+        command = [str(BIN / "serve"), "run", str(root / "deploy.yaml")]
         server = subprocess.Popen(command, cwd=CHECKOUT, stdout=log, stderr=log, start_new_session=True)
     family: list[psutil.Process] = []
     try:
@@ -69,7 +70,7 @@ def test_base_and_guided_answers_come_and_differ(url: str) -> None:
                 messages=QUESTION,
                 max_tokens=24,
                 seed=1,
-                extra_body=body,  # type: ignore[arg-type]
+                extra_body=body,
             )
             return reply.choices[0].message.content or ""
 
@@ -81,6 +82,6 @@ def test_base_and_guided_answers_come_and_differ(url: str) -> None:
             model="positive",
             messages=QUESTION,
             max_tokens=24,
-            seed=1,  # type: ignore[arg-type]
+            seed=1,
         )
         assert profile.choices[0].message.content == guided
