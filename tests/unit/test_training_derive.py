@@ -1,0 +1,86 @@
+"""Cutting a model to some of its layers, and adapters that become part of its weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from actors.training.derive import add_adapter, cut_layers, merge_adapter, save_adapter
+from cluster.errors import InvalidConfiguration
+from tests.tiny import ARCHITECTURES, llama
+
+# peft reads a property that transformers has renamed; nothing we can say differently.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+TOKENS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_keeping_every_layer_keeps_the_model(architecture: str) -> None:
+    model = ARCHITECTURES[architecture]()
+    with torch.inference_mode():
+        torch.testing.assert_close(cut_layers(model, [0, 1, 2])(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_the_cut_has_the_chosen_layers_in_order_and_the_whole_vocabulary() -> None:
+    model = llama()
+    small = cut_layers(model, [2, 0])
+    assert len(small.model.layers) == small.config.num_hidden_layers == 2
+    for new, old in enumerate([2, 0]):
+        for found, expected in zip(
+            small.model.layers[new].parameters(), model.model.layers[old].parameters(), strict=True
+        ):
+            assert torch.equal(found, expected)
+    assert torch.equal(small.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert small(TOKENS).logits.shape[-1] == model.config.vocab_size
+
+
+def test_the_cut_runs_with_a_cache_as_without() -> None:
+    """Layers know their own number in the cache."""
+    small = cut_layers(llama(), [2, 0])
+    with torch.inference_mode():
+        start = small(TOKENS[:, :3], use_cache=True)
+        rest = small(TOKENS[:, 3:], past_key_values=start.past_key_values)
+        torch.testing.assert_close(rest.logits, small(TOKENS).logits[:, 3:], rtol=1e-4, atol=1e-4)
+
+
+def test_the_original_is_left_alone() -> None:
+    model = llama()
+    before = model(TOKENS).logits
+    with torch.no_grad():
+        for parameter in cut_layers(model, [0]).parameters():
+            parameter.zero_()
+    assert torch.equal(model(TOKENS).logits, before)
+    assert model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("kept", [[], [3], [-1]])
+def test_layers_that_are_not_there_are_refused(kept: list[int]) -> None:
+    with pytest.raises(InvalidConfiguration, match="layers 0 to 2"):
+        cut_layers(llama(), kept)
+
+
+def test_a_merged_adapter_computes_what_peft_computes(tmp_path: Path) -> None:
+    guide = add_adapter(cut_layers(llama(), [0, 2]), rank=4, seed=0)
+    with torch.no_grad():
+        for name, parameter in guide.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    save_adapter(guide, tmp_path / "adapter")
+    with torch.inference_mode():
+        unmerged = PeftModel.from_pretrained(cut_layers(llama(), [0, 2]), str(tmp_path / "adapter"))(TOKENS).logits
+        merged = merge_adapter(cut_layers(llama(), [0, 2]), tmp_path / "adapter")
+        plain = cut_layers(llama(), [0, 2])(TOKENS).logits
+        torch.testing.assert_close(merged(TOKENS).logits, unmerged, rtol=1e-4, atol=1e-4)
+    assert (unmerged - plain).abs().max() > 0.1
+    assert type(merged) is type(llama())
+
+
+def test_only_the_adapter_is_trained() -> None:
+    guide = add_adapter(llama(), rank=4, seed=0)
+    trained = {name for name, parameter in guide.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    for projection in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert any(projection in name for name in trained)
