@@ -34,13 +34,16 @@ from actors.training.objective import (
     response_logits,
 )
 from actors.training.preferences import pair_answers, sample_answers
-from deploy.models import CHECKOUT, LAYERS, SCALE
+from deploy.models import CHECKOUT, LAYERS
 
 TRAIN_PROMPTS = CHECKOUT / "deploy" / "positivity" / "train_prompts.jsonl"
 BASE = CHECKOUT / "models" / "smollm2-135m-instruct"
 
 SEED = 2
 RANK = 32
+
+SCALE = 0.35
+"""Of the guide's logits under the ARM loss: a flat guide spends less of the loss on what the base knows anyway."""
 
 NUM_SAMPLES = 6
 NUM_ROUNDS = 2
