@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from actors.training.derive import add_adapter, cut_layers, save_adapter, soften
+from actors.training.derive import add_adapter, cut_layers, save_adapter
 from actors.training.fit import fit
 from actors.training.objective import (
     arm_loss,
@@ -42,9 +42,6 @@ BASE = CHECKOUT / "models" / "smollm2-135m-instruct"
 SEED = 2
 RANK = 32
 
-SCALE = 0.35
-"""Of the guide's logits under the ARM loss: a flat guide spends less of the loss on what the base knows anyway."""
-
 NUM_SAMPLES = 6
 NUM_ROUNDS = 2
 """Times that every prompt is given its samples; a prompt's samples of one round are compared with each other."""
@@ -59,13 +56,15 @@ DISTILLATION_RATE = 1.5e-3
 MARGIN = 0.4
 """Smallest difference of compound scores, which lie between -1 and 1, that makes a pair."""
 
-BETA = 0.1
-ARM_BATCH = 4
+BETA = 0.05
+"""Small, so that the reward grows large: `deploy.models` makes the merged guide's logits flatter by a half."""
+
+ARM_BATCH = 6
 """Prompts, each with its samples of one round."""
 
-ARM_STEPS = 300
+ARM_STEPS = 120
 ARM_RATE = 5e-4
-FLUENCY = 0.1
+FLUENCY = 0.05
 """Weight of the distillation loss on the pairs' texts beside the ARM loss: keeps the guide a language model."""
 
 Item = TypeVar("Item")
@@ -164,8 +163,9 @@ class Recipe:
     def train_arm(self) -> None:
         """Go on with the distilled adapter under the ARM loss, with the distillation loss beside it."""
         records = [record for record in _read(self.output / "answers.jsonl") if self.is_comparable(record)]
-        small = soften(cut_layers(self.base, LAYERS), SCALE)
-        guide = PeftModel.from_pretrained(small, str(self.output / "distilled"), is_trainable=True)
+        guide = PeftModel.from_pretrained(
+            cut_layers(self.base, LAYERS), str(self.output / "distilled"), is_trainable=True
+        )
 
         def loss(batch: list[dict[str, Any]]) -> Tensor:
             texts = [(record["prompt"], answer) for record in batch for answer in record["answers"]]
@@ -173,7 +173,7 @@ class Recipe:
             log_probs_B = response_log_probs(logits_BTV, targets_BT)
             rewards_PK = torch.tensor([self.full_length_rewards(record) for record in batch])
             better, worse = pair_answers(rewards_PK, margin=MARGIN)
-            fluency = distillation_loss(logits_BTV, SCALE * teacher_BTV, targets_BT)
+            fluency = distillation_loss(logits_BTV, teacher_BTV, targets_BT)
             return arm_loss(log_probs_B[better], log_probs_B[worse], beta=BETA) + FLUENCY * fluency
 
         fit(
