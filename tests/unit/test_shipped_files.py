@@ -53,3 +53,9 @@ def test_ignored_folders_are_anchored(pattern: str) -> None:
     lines = (CHECKOUT / ".gitignore").read_text().splitlines()
     assert f"/{pattern}" in lines
     assert pattern not in lines
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/evidence.md", "docs/architecture.md", "CHANGELOG.md"])
+def test_no_text_has_a_hole_to_fill(name: str) -> None:
+    text = (CHECKOUT / name).read_text()
+    assert re.findall(r"@[A-Z]+@|^(?:RESULTS|COMMANDS|TODO)\b", text, re.MULTILINE) == []
