@@ -28,7 +28,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (root / "deploy.yaml").write_text(yaml.safe_dump(config))
     with (root / "log").open("wb") as log:
         command = [str(BIN / "serve"), "run", str(root / "deploy.yaml")]
-        server = subprocess.Popen(command, cwd=CHECKOUT, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(
+            command, cwd=CHECKOUT, stdout=log, stderr=log, start_new_session=True, preexec_fn=_hear_ctrl_c
+        )
     family: list[psutil.Process] = []
     try:
         address = f"http://127.0.0.1:{config['http_options']['port']}"
@@ -45,6 +47,11 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             if process.is_running():
                 process.kill()
         server.wait(60)
+
+
+def _hear_ctrl_c() -> None:
+    # A shell starts what it runs in the background, this test perhaps, with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until_ready(address: str, server: subprocess.Popen[bytes]) -> None:
