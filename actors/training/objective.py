@@ -5,7 +5,7 @@ Knows prompts and responses as token lists; not where they come from nor how the
 Shapes: B sequences, L positions of prompt and response, T positions of the response, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 IGNORED = -100
 """The target of a position that holds padding."""
+
+CHUNK = 32
+"""Rows over the vocabulary that are worked on at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,11 @@ class Batch:
 
     targets_BT: Tensor
     """The response's tokens, `IGNORED` where there is padding."""
+
+    @property
+    def num_targets_B(self) -> Tensor:
+        """Tokens of each response."""
+        return (self.targets_BT != IGNORED).sum(1)
 
     @property
     def positions_BL(self) -> Tensor:
@@ -68,23 +76,92 @@ def response_logits(model: Any, batch: Batch) -> Tensor:
 
 def response_log_probs(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """log p(response | prompt): the tokens' log-probabilities summed over the response, [B]."""
-    losses = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none")
-    return -losses.view(targets_BT.shape).sum(1)
+    log_probs_N: Tensor = _TargetLogProbs.apply(logits_BTV.flatten(0, 1), targets_BT.flatten())  # type: ignore[no-untyped-call]
+    return log_probs_N.view(targets_BT.shape).sum(1)
 
 
-def arm_loss(chosen_B: Tensor, rejected_B: Tensor, *, beta: float) -> Tensor:
-    """-log sigmoid(beta * (log p(chosen) - log p(rejected))), the mean over pairs.
+def arm_loss(chosen_B: Tensor, rejected_B: Tensor, *, beta: float, margin: float = 0.0) -> Tensor:
+    """-log sigmoid(beta * (log p(chosen) - log p(rejected)) - margin), the mean over pairs.
 
-    The inputs are summed response log-probabilities under the guide itself: no reference model, no length
-    normalisation, no margin (GenARM, arXiv 2410.08193, equation 6).
+    With summed response log-probabilities under the guide itself and no margin this is GenARM's objective (arXiv
+    2410.08193, equation 6): no reference model, no length normalisation.
     """
-    return -F.logsigmoid(beta * (chosen_B - rejected_B)).mean()
+    return -F.logsigmoid(beta * (chosen_B - rejected_B) - margin).mean()
+
+
+def dpo_loss(chosen_B: Tensor, rejected_B: Tensor, reference: tuple[Tensor, Tensor], *, beta: float) -> Tensor:
+    """-log sigmoid(beta * (log p/p_ref(chosen) - log p/p_ref(rejected))), the mean over pairs (arXiv 2305.18290).
+
+    Args:
+        chosen_B: Summed response log-probabilities of the chosen responses.
+        rejected_B: Those of the rejected ones.
+        reference: The same two under the model as it was before training.
+        beta: How dear it is to move away from the reference.
+    """
+    chosen_reference_B, rejected_reference_B = reference
+    return arm_loss(chosen_B - chosen_reference_B, rejected_B - rejected_reference_B, beta=beta)
 
 
 def distillation_loss(logits_BTV: Tensor, teacher_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """KL(teacher || model) over the whole vocabulary, the mean over the responses' tokens, in nats."""
-    teacher = teacher_BTV.flatten(0, 1).log_softmax(-1)
-    probabilities = teacher.exp()
-    entropy = -(probabilities * teacher).sum(-1)
-    divergence = F.cross_entropy(logits_BTV.flatten(0, 1), probabilities, reduction="none") - entropy
-    return divergence[targets_BT.flatten() != IGNORED].mean()
+    """KL(teacher || model) over the whole vocabulary, the mean over the responses' tokens, in nats.
+
+    No gradient reaches the teacher.
+    """
+    is_target_N = targets_BT.flatten() != IGNORED
+    divergence_N: Tensor = _Divergence.apply(logits_BTV.flatten(0, 1), teacher_BTV.flatten(0, 1), is_target_N)  # type: ignore[no-untyped-call]
+    return divergence_N.sum() / is_target_N.sum()
+
+
+# What follows runs over the vocabulary a few rows at a time, so that each pass finds the last one's numbers in the
+# processor's cache; plain tensor code makes half a dozen passes through memory, which took longer than the model.
+
+
+def _chunks(num_rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + CHUNK, num_rows)) for start in range(0, num_rows, CHUNK))
+
+
+class _TargetLogProbs(torch.autograd.Function):
+    """log softmax(logits) at the targets, [N]; 0 where the target is `IGNORED`."""
+
+    @staticmethod
+    def forward(context: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        log_sums_N = torch.cat([logits_NV[rows].logsumexp(-1) for rows in _chunks(len(logits_NV))])
+        is_target_N = targets_N != IGNORED
+        targets_N = targets_N.clamp(min=0)
+        context.save_for_backward(logits_NV, log_sums_N, targets_N, is_target_N)
+        return (logits_NV.gather(1, targets_N[:, None])[:, 0] - log_sums_N) * is_target_N
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits_NV, log_sums_N, targets_N, is_target_N = context.saved_tensors
+        gradient_N = gradients[0] * is_target_N
+        gradient_NV = torch.empty_like(logits_NV)
+        for rows in _chunks(len(logits_NV)):
+            chunk = torch.sub(logits_NV[rows], log_sums_N[rows, None], out=gradient_NV[rows])
+            chunk.exp_().mul_(-gradient_N[rows, None])
+            chunk.scatter_add_(1, targets_N[rows, None], gradient_N[rows, None])
+        return gradient_NV, None
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(teacher || model) by row, [N]; 0 where there is no target. Its gradient is made on the way forward."""
+
+    @staticmethod
+    def forward(context: Any, logits_NV: Tensor, teacher_NV: Tensor, is_target_N: Tensor) -> Tensor:
+        divergence_N = logits_NV.new_empty(len(logits_NV))
+        gradient_NV = torch.empty_like(logits_NV)
+        buffers_3CV = logits_NV.new_empty(3, CHUNK, logits_NV.shape[1])
+        for rows in _chunks(len(logits_NV)):
+            teacher, probabilities, model = buffers_3CV[:, : rows.stop - rows.start]
+            torch.log_softmax(teacher_NV[rows], -1, out=teacher)
+            torch.log_softmax(logits_NV[rows], -1, out=model)
+            torch.exp(teacher, out=probabilities)
+            divergence_N[rows] = torch.linalg.vecdot(probabilities, teacher.sub_(model))
+            torch.sub(model.exp_(), probabilities, out=gradient_NV[rows])
+        context.save_for_backward(gradient_NV, is_target_N)
+        return divergence_N * is_target_N
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        gradient_NV, is_target_N = context.saved_tensors
+        return gradient_NV.mul_((gradients[0] * is_target_N)[:, None]), None, None

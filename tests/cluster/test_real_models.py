@@ -18,7 +18,7 @@ from tests.reference import Comparison
 
 BASE = CHECKOUT / "models" / "smollm2-135m-instruct"
 POSITIVITY = CHECKOUT / "models" / "positivity"
-HELD_OUT = CHECKOUT / "deploy" / "positivity" / "heldout_prompts.jsonl"
+HELD_OUT = CHECKOUT / "deploy" / "guides" / "heldout_prompts.jsonl"
 NUM_PROMPTS = 20
 MAX_TOKENS = 8
 TEMPLATE = "Answer in one short sentence.\n\n{% for message in messages %}{{ message['content'] }}\n{% endfor %}"

@@ -1,60 +1,117 @@
-"""What the evaluation measures, on texts whose scores are known."""
+"""What the evaluation measures, on answers whose scores are known."""
 
-import json
 import math
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from cluster.errors import InvalidConfiguration
-from deploy.evaluate import distinct_2, log_prob_per_token, read_results, score
+from actors.prompts import Prompt
+from deploy.evaluation import measures
+from deploy.evaluation.fronts import Point, front, stand
+from deploy.evaluation.measures import Mean, ScoredAnswer
 from tests.tiny import llama, tokenizer
 
-RECORDS: list[dict[str, Any]] = [
-    {"prompt": "abc", "text": "What a wonderful day", "token_ids": [5, 6, 7]},
-    {"prompt": "abc", "text": "a terrible terrible awful day", "token_ids": [8]},
-    {"prompt": "d", "text": "a table", "token_ids": [9, 10]},
-]
+TEXTS = [(Prompt("abc"), [5, 6, 7]), (Prompt("abc"), [8]), (Prompt("d"), []), (Prompt("d"), [9, 10])]
+
+
+def answer(reward: float, text: str = "", *, num_tokens: int = 1, log_prob: float = 0.0) -> ScoredAnswer:
+    return ScoredAnswer(text=text, num_tokens=num_tokens, log_prob=log_prob, rewards={"r": reward})
+
+
+def row(*rewards: Sequence[float]) -> list[list[ScoredAnswer]]:
+    return [[answer(reward) for reward in prompt] for prompt in rewards]
+
+
+def point(x: float, y: float, interval: float = 0.0) -> Point:
+    return Point("p", Mean(x, interval), Mean(y, interval))
 
 
 def test_distinct_2_counts_pairs_of_words() -> None:
-    assert distinct_2(["a b a b a"]) == 2 / 4
-    assert distinct_2(["A b.", "a, b"]) == 1 / 2
-    assert distinct_2(["word", ""]) is None
+    assert measures.distinct_2(["a b a b a"]) == 2 / 4
+    assert measures.distinct_2(["A b.", "a, b"]) == 1 / 2
+    assert measures.distinct_2(["word", ""]) is None
 
 
-def test_log_prob_is_the_mean_over_all_tokens() -> None:
+def test_distinct_2_over_a_row_takes_as_many_answers_of_every_row() -> None:
+    few = [[answer(0, "a b")], [answer(0, "c d")]]
+    many = [[answer(0, "a b"), answer(0, "a b")], [answer(0, "c d"), answer(0, "c d")]]
+    assert measures.distinct_2_over_row(many, 1) == measures.distinct_2_over_row(few, 1) == 1
+    assert measures.distinct_2_over_row(many, 2) == 1 / 2
+    assert measures.distinct_2_in_answer(many) == 1
+
+
+def test_log_probs_are_those_of_each_answers_tokens() -> None:
     model, tokens = llama(), tokenizer()
-    total = 0.0
-    for record in RECORDS:
-        prompt = tokens(record["prompt"]).input_ids
+    found = measures.log_probs(TEXTS, model, tokens)
+    for (prompt, answered), value in zip(TEXTS, found, strict=True):
+        ids = tokens(prompt.text).input_ids
         with torch.inference_mode():
-            logits = model(torch.tensor([prompt + record["token_ids"]])).logits[0].log_softmax(-1)
-        total += sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(record["token_ids"]))
-    assert log_prob_per_token(RECORDS, model, tokens) == pytest.approx(total / 6, rel=1e-4)
+            logits = model(torch.tensor([ids + answered])).logits[0].log_softmax(-1)
+        expected = sum(logits[len(ids) - 1 + i, token].item() for i, token in enumerate(answered))
+        assert value == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_a_positive_text_scores_higher_than_a_negative_one() -> None:
-    scores = [score([record], llama(), tokenizer()) for record in RECORDS]
-    assert scores[0].sentiment > 0.5 > scores[2].sentiment == 0 > -0.5 > scores[1].sentiment
-    assert math.isnan(scores[0].interval)
+def test_log_prob_per_token_is_over_all_tokens() -> None:
+    answers = [[answer(0, num_tokens=1, log_prob=-1.0)], [answer(0, num_tokens=3, log_prob=-7.0)]]
+    assert measures.log_prob_per_token(answers) == -2
 
 
 def test_answers_to_one_prompt_are_one_observation() -> None:
-    both = score(RECORDS, llama(), tokenizer())
-    assert both.num_answers == 3
-    positive, negative = (score([record], llama(), tokenizer()).sentiment for record in RECORDS[:2])
-    means = [(positive + negative) / 2, 0.0]
-    assert both.interval == pytest.approx(1.96 * abs(means[0] - means[1]) / 2, rel=1e-6)
+    found = measures.mean_reward(row([0, 1], [0, 0], [1, 0.5]), "r")
+    means = [0.5, 0, 0.75]
+    deviation = math.sqrt(sum((mean - sum(means) / 3) ** 2 for mean in means) / 2)
+    assert found.value == pytest.approx(sum(means) / 3)
+    assert found.interval == pytest.approx(1.96 * deviation / math.sqrt(3))
 
 
-def test_a_line_without_an_answer_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in [RECORDS[0], {"prompt": "x", "error": "no"}]))
-    with pytest.raises(InvalidConfiguration, match=r"results\.jsonl, line 2: no answer to score \(text, token_ids"):
-        read_results(path)
-    path.write_text("")
-    with pytest.raises(InvalidConfiguration, match="holds no answer"):
-        read_results(path)
+def test_the_best_of_each_group_is_kept() -> None:
+    picked = measures.best_of(row([1, 3, 2, 0], [0, 0, 5, 4]), 2, "r")
+    assert [[one.rewards["r"] for one in answers] for answers in picked] == [[3, 2], [0, 5]]
+
+
+def test_answers_are_compared_pair_by_pair_and_small_differences_are_ties() -> None:
+    outcome = measures.compare(row([1, 0.04], [0]), row([0, 0.5], [0.05]), "r")
+    # First prompt: two wins, a tie, a defeat of four; second: a tie.
+    assert (outcome.win, outcome.tie, outcome.lose) == pytest.approx((25, 62.5, 12.5))
+    back = measures.compare(row([0, 0.5], [0.05]), row([1, 0.04], [0]), "r")
+    assert (back.win, back.tie, back.lose) == pytest.approx((12.5, 62.5, 25))
+
+
+def test_recovery_is_the_share_of_the_gap() -> None:
+    source, target = row([0], [0.2], [0.1], [0.1]), row([1], [1.2], [0.9], [1.3])
+    half = row([0.5], [0.7], [0.5], [0.7])
+    found = measures.recovery(half, source, target, "r")
+    assert found is not None
+    assert found.share == pytest.approx(0.5)
+    assert found.low == pytest.approx(0.5)
+    assert found.high == pytest.approx(0.5), "every prompt goes half its way, so every resample does"
+    uneven = measures.recovery(row([0], [1.2], [0.1], [1.3]), source, target, "r")
+    assert uneven is not None
+    assert uneven.low < uneven.share - 0.2 < uneven.share + 0.2 < uneven.high
+    assert uneven == measures.recovery(row([0], [1.2], [0.1], [1.3]), source, target, "r"), "the same in every run"
+    assert measures.recovery(half, target, source, "r") is None
+
+
+def test_a_front_has_only_points_that_no_other_beats() -> None:
+    points = [point(0, 1), point(0.4, 0.4), point(0.5, 0.6), point(1, 0), point(1, -1), point(0, 0.9)]
+    assert [(p.x.value, p.y.value) for p in front(points)] == [(0, 1), (0.5, 0.6), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "lead"),
+    [(0.5, 0.5, 0.0), (0.6, 0.6, 0.1), (0.4, 0.4, -0.1), (1.2, -5, 0.2), (-3, 1.5, 0.5), (0, 0, -0.5)],
+)
+def test_the_lead_is_taken_at_the_worst_place_of_the_front(x: float, y: float, lead: float) -> None:
+    standing = stand(point(x, y), [point(0, 1), point(1, 0)])
+    assert standing.lead == standing.margin == pytest.approx(lead, abs=1e-3)
+    assert standing.is_on_or_above is (standing.lead >= 0)
+
+
+def test_intervals_let_a_point_count_as_on_the_front() -> None:
+    below, line = (0.4, 0.4), [point(0, 1, 0.06), point(1, 0, 0.06)]
+    assert not stand(point(*below, 0.05), line).is_on_or_above
+    standing = stand(point(*below, 0.08), line)
+    assert standing.is_on_or_above, "sqrt(0.08² + 0.06²) reaches from 0.4 to 0.5"
+    assert standing.lead == pytest.approx(-0.1)
+    assert stand(point(0.4, 0.4), [point(0.5, 0.5)]).lead == pytest.approx(-0.1), "a front of one point"

@@ -1,13 +1,16 @@
 """The ARM loss, the distillation loss, and log-probabilities at response positions."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from actors.training.objective import arm_loss, collate, distillation_loss, response_log_probs, response_logits
+from actors.training.objective import IGNORED, arm_loss, collate, distillation_loss, response_log_probs, response_logits
 from tests.tiny import VOCABULARY_SIZE, llama
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 RESPONSES = [[1, 2], [3, 4, 5, 6, 7], [8]]
@@ -69,3 +72,35 @@ def test_a_model_has_nothing_to_learn_from_itself() -> None:
     assert loss.item() == pytest.approx(0, abs=1e-5)
     assert logits_BTV.grad is not None
     assert logits_BTV.grad.abs().max().item() < 1e-6
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_gradients_are_those_of_plain_tensor_code(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses run over the vocabulary a few rows at a time, with gradients of their own."""
+    monkeypatch.setattr("actors.training.objective.CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = (3 * torch.randn(2, 4, 11, generator=generator) for _ in range(2))
+    targets = torch.tensor([[1, 2, 3, 4], [5, 6, IGNORED, IGNORED]])
+    is_target = targets != IGNORED
+
+    def plain_log_probs(logits: torch.Tensor) -> torch.Tensor:
+        chosen = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        return (chosen * is_target).sum(1)
+
+    def plain_divergence(logits: torch.Tensor) -> torch.Tensor:
+        expected = teacher.log_softmax(-1)
+        return ((expected.exp() * (expected - logits.log_softmax(-1))).sum(-1) * is_target).sum() / is_target.sum()
+
+    weights = torch.tensor([0.7, -1.3])
+    losses: list[tuple[Loss, Loss]] = [
+        (lambda z: (response_log_probs(z, targets) * weights).sum(), lambda z: (plain_log_probs(z) * weights).sum()),
+        (lambda z: 2.5 * distillation_loss(z, teacher, targets), lambda z: 2.5 * plain_divergence(z)),
+    ]
+    for found, expected in losses:
+        gradients = []
+        for loss in (found, expected):
+            leaf = logits.clone().requires_grad_()
+            value = loss(leaf)
+            torch.autograd.backward(value)
+            gradients.append((value, leaf.grad))
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,189 @@
+"""transformers' trainer with the objectives of guides: what a batch is, what its loss is, what is written down.
+
+The loop itself (workers, accumulation, clipping, schedule, checkpoints, resuming) is transformers' and accelerate's.
+
+Shapes: B pairs or texts, L positions of prompt and response, T positions of the response, V vocabulary.
+"""
+
+import contextlib
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from actors.training.encoding import EncodedPair, EncodedText
+from actors.training.objective import (
+    Batch,
+    arm_loss,
+    collate,
+    distillation_loss,
+    dpo_loss,
+    response_log_probs,
+    response_logits,
+)
+
+Example = EncodedPair | EncodedText
+Figures = dict[str, Tensor]
+"""Means over a batch, by name."""
+
+
+class Objective(Protocol):
+    """What training minimises."""
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Figures]:
+        """Return the loss of a batch and what to write down of it."""
+        ...
+
+
+class ArmObjective:
+    """GenARM's objective on pairs: see `arm_loss`."""
+
+    def __init__(self, *, beta: float, margin: float = 0.0, length_normalised: bool = False) -> None:
+        self._beta = beta
+        self._margin = margin
+        self._length_normalised = length_normalised
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Figures]:
+        """Return the loss, the share of pairs ranked rightly, and the mean difference of log-probabilities."""
+        log_probs = response_log_probs(response_logits(model, batch), batch.targets_BT)
+        if self._length_normalised:
+            log_probs = log_probs / batch.num_targets_B
+        chosen_B, rejected_B = log_probs.chunk(2)
+        loss = arm_loss(chosen_B, rejected_B, beta=self._beta, margin=self._margin)
+        return loss, _pair_figures(chosen_B - rejected_B)
+
+
+class DpoObjective:
+    """DPO on pairs, against the model as it was before training: see `dpo_loss`."""
+
+    def __init__(self, *, beta: float, reference: Any) -> None:
+        """Take the reference: a frozen model, or none where the trained model is itself under a LoRA adapter."""
+        self._beta = beta
+        self._reference = reference
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Figures]:
+        """Return the loss, the share of pairs ranked rightly by the reward log p/p_ref, and its mean difference."""
+        chosen_B, rejected_B = response_log_probs(response_logits(model, batch), batch.targets_BT).chunk(2)
+        with torch.no_grad(), self._as_reference(model) as reference:
+            before = response_log_probs(response_logits(reference, batch), batch.targets_BT).chunk(2)
+        loss = dpo_loss(chosen_B, rejected_B, (before[0], before[1]), beta=self._beta)
+        return loss, _pair_figures(chosen_B - before[0] - rejected_B + before[1])
+
+    @contextlib.contextmanager
+    def _as_reference(self, model: Any) -> Any:
+        if self._reference is not None:
+            yield self._reference
+            return
+        adapted = getattr(model, "module", model)
+        with adapted.disable_adapter():
+            yield adapted
+
+
+class DistillationObjective:
+    """KL from a teacher over the whole vocabulary, on the responses' tokens: see `distillation_loss`."""
+
+    def __init__(self, teacher: Any) -> None:
+        self._teacher = teacher
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Figures]:
+        """Return the divergence in nats a token."""
+        with torch.no_grad():
+            teacher_BTV = response_logits(self._teacher, batch)
+        return distillation_loss(response_logits(model, batch), teacher_BTV, batch.targets_BT), {}
+
+
+def _pair_figures(difference_B: Tensor) -> Figures:
+    difference_B = difference_B.detach()
+    return {"accuracy": (difference_B > 0).float().mean(), "margin": difference_B.mean()}
+
+
+def collate_examples(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Return the tensors of a `Batch`; of pairs, first all chosen responses and then all rejected ones, [2 B]."""
+    prompts, responses = [], []
+    for side in ("chosen", "rejected"):
+        pairs = [example for example in examples if isinstance(example, EncodedPair)]
+        prompts += [pair.prompt for pair in pairs]
+        responses += [getattr(pair, side) for pair in pairs]
+    texts = [example for example in examples if isinstance(example, EncodedText)]
+    batch = collate([*prompts, *(text.prompt for text in texts)], [*responses, *(text.response for text in texts)])
+    return {"tokens_BL": batch.tokens_BL, "mask_BL": batch.mask_BL, "targets_BT": batch.targets_BT}
+
+
+class GuideTrainer(Trainer):
+    """A `transformers.Trainer` over an `Objective`, on examples in the very order in which they are given."""
+
+    def __init__(
+        self, model: Any, objective: Objective, arguments: TrainingArguments, examples: Sequence[Example]
+    ) -> None:
+        super().__init__(model=model, args=arguments, train_dataset=examples, data_collator=collate_examples)
+        # The loss is a mean over each micro-batch: accumulated ones are to be averaged.
+        self.model_accepts_loss_kwargs = False
+        self._objective = objective
+        self._sums: dict[str, float] = defaultdict(float)
+        self._num_summed = 0
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Return the objective on one micro-batch, and note its figures for the next log."""
+        loss, figures = self._objective.loss(model, Batch(**inputs))
+        self._num_summed += 1
+        for name, value in figures.items():
+            self._sums[name] += value.item()
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write down the figures, averaged over workers and micro-batches, beside the loss."""
+        if "loss" in logs and self._num_summed:
+            names = sorted(self._sums)
+            means = torch.tensor([self._sums[name] / self._num_summed for name in names], device=self.args.device)
+            if names:
+                means = self.accelerator.reduce(means, "mean")
+            logs.update(zip(names, means.tolist(), strict=True))
+        self._sums.clear()
+        self._num_summed = 0
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def measure(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Return loss and figures on examples that were not trained on, shared out over the workers."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        sums: dict[str, float] = defaultdict(float)
+        mine = examples[self.args.process_index :: self.args.world_size]
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(mine), size):
+            batch = mine[start : start + size]
+            inputs = self._prepare_inputs(collate_examples(batch))
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                loss, figures = self._objective.loss(model, Batch(**inputs))
+            for name, value in {"loss": loss, **figures}.items():
+                sums[name] += value.item() * len(batch)
+        names = ["accuracy", "loss", "margin"]
+        totals = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.args.device)
+        totals = self.accelerator.reduce(totals, "sum")
+        means = dict(zip(names, (totals / len(examples)).tolist(), strict=True))
+        return {name: mean for name, mean in means.items() if name in sums or self.args.world_size > 1}
+
+
+class LogFile(TrainerCallback):
+    """Writes every log as a line of JSON, from worker 0; a resumed run's file begins with the logs before it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write what the checkpoint remembers; nothing, in a new run."""
+        if state.is_world_process_zero:
+            self._path.write_text("".join(json.dumps(line) + "\n" for line in state.log_history))
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Append the newest log."""
+        if state.is_world_process_zero:
+            with self._path.open("a") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")

@@ -1,0 +1,133 @@
+"""The two ways in which `deploy.prefer` samples answers: from a model in this process, and through the running service.
+
+Both hand over a prompt's answers once it has all of them. Knows no file of answers.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.prompts import Prompt, PromptEncoder
+from actors.training.preferences import answer_prompts
+from cluster.errors import InvalidConfiguration, InvalidRequest, TrimtabError
+from deploy.batch import PAUSES_S, Generate, Progress, answer_all
+from deploy.batch_lines import Line
+from deploy.prefer_answers import Answer, Answers, Asked
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Record = Callable[[Asked, Sequence[Answer]], None]
+"""Takes a prompt and all of its answers."""
+
+
+def sample_locally(
+    options: argparse.Namespace, prompts: Sequence[Asked], done: Answers, record: Record, progress: Progress
+) -> None:
+    """Answer the prompts that are not done with the model in --model.
+
+    Raises:
+        InvalidConfiguration: it cannot be loaded, or a prompt cannot be encoded or is too long.
+    """
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
+        # Eager attention is the fastest in bfloat16 on CPUs.
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            options.model, dtype=DTYPES[options.dtype], attn_implementation="eager"
+        ).eval()
+    except (OSError, ValueError) as error:
+        raise InvalidConfiguration(f"--model: {options.model} cannot be loaded: {error}") from error
+    end_token = tokenizer.eos_token_id
+    if end_token is None:
+        raise InvalidConfiguration(f"--model: the tokenizer in {options.model} has no eos_token to end answers; set it")
+    max_context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    encoder = PromptEncoder(tokenizer)
+    tokens = [_encode(asked, encoder, max_context - options.max_tokens) for asked in prompts]
+    for i, drawn in answer_prompts(
+        model,
+        tokens,
+        {i for i, asked in enumerate(prompts) if asked.id not in done},
+        num_samples=options.samples,
+        max_tokens=options.max_tokens,
+        end_token=end_token,
+        temperature=options.temperature,
+        seed=options.seed,
+        batch=options.batch,
+    ):
+        texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
+        answers = [
+            Answer(text=text, token_ids=ids, finish_reason="stop" if ids[-1] == end_token else "length")
+            for text, ids in zip(texts, drawn, strict=True)
+        ]
+        record(prompts[i], answers)
+        for _ in drawn:
+            progress.succeed()
+
+
+def _encode(asked: Asked, encoder: PromptEncoder, limit: int) -> list[int]:
+    try:
+        tokens = encoder.encode(Prompt(asked.content.get("prompt"), asked.content.get("messages")))
+    except InvalidRequest as error:
+        raise InvalidConfiguration(f"--prompts: line {asked.number}: {error}") from error
+    if len(tokens) > limit:
+        raise InvalidConfiguration(
+            f"--prompts: line {asked.number} has {len(tokens)} tokens, and --max-tokens leaves room for {limit} in the "
+            "model's context; shorten it or ask for fewer"
+        )
+    return tokens
+
+
+async def sample_through_service(
+    generate: Generate,
+    prompts: Sequence[Asked],
+    record: Record,
+    progress: Progress,
+    *,
+    num_samples: int,
+    fields: Mapping[str, Any],
+    seed: int,
+    concurrency: int,
+    pauses_s: Sequence[float] = PAUSES_S,
+) -> None:
+    """Answer the prompts, each sample a request with a seed of its own; a request that failed for a while is repeated.
+
+    Raises:
+        TrimtabError: a request failed for good; what was recorded is done.
+    """
+    requests = (
+        Line(
+            number=asked.number,
+            id=sample,
+            digest="",
+            fields={**fields, **asked.content, "seed": sample_seed(seed, asked.number, sample)},
+        )
+        for asked in prompts
+        for sample in range(num_samples)
+    )
+    by_number = {asked.number: asked for asked in prompts}
+    drawn: defaultdict[int, dict[str | int, Answer]] = defaultdict(dict)
+
+    def collect(line: Line, outcome: Mapping[str, Any]) -> None:
+        if error := outcome.get("error"):
+            raise TrimtabError(
+                f"--prompts: line {line.number}: {error['type']}: {error['message']}; the same command goes on where "
+                "this one stopped (a prompt that cannot be answered may be left out: a blank line is skipped)"
+            )
+        answers = drawn[line.number]
+        answers[line.id] = Answer.model_validate({name: outcome[name] for name in Answer.model_fields})
+        if len(answers) == num_samples:
+            record(by_number[line.number], [answers[sample] for sample in range(num_samples)])
+            del drawn[line.number]
+
+    await answer_all(requests, generate, collect, progress, concurrency=concurrency, pauses_s=pauses_s)
+
+
+def sample_seed(seed: int, number: int, sample: int) -> int:
+    """Return the seed of a sample: 53 bits, which JSON readers whose numbers are doubles read exactly."""
+    digest = hashlib.sha256(f"{seed}:{number}:{sample}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 11

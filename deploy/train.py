@@ -1,0 +1,213 @@
+"""Trains a guide from preferences: `python -m deploy.train --model DIR --data pairs.jsonl --output DIR`.
+
+By itself, or under `ray job submit --working-dir . -- python -m deploy.train ...`. What it leaves in --output is a
+model directory that deploy.yaml can name as a guide. Method: GenARM (arXiv 2410.08193), section 3.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ray.exceptions import RayError
+from transformers import AutoTokenizer
+
+from actors.training.data import Pair, Pairs, read_pairs
+from actors.training.encoding import Report, ResponseEncoder, TokenLimits
+from actors.training.run import RunSettings
+from cluster.errors import InvalidConfiguration, TrimtabError
+from deploy.training import Job, TrainingFailed, Workers, add_run_arguments, check_run_arguments, locate, num_steps, run
+
+VALIDATION_PROMPTS = "validation_prompts.jsonl"
+"""Beside the model: what it was not trained on, for whoever chooses between settings."""
+
+HOW_TO_SERVE = """To serve it, add an application to a copy of deploy.yaml, with the base of the service:
+
+  - name: trimtab-guide-{name}
+    route_prefix: null
+    import_path: deploy.applications:guide
+    args:
+      model: {output}
+      base: models/smollm2-135m-instruct
+
+and the guide and a profile to the user_config of Gateway and Coordinator:
+
+          guides: [positivity, plainness, {name}]
+          profiles:
+            {name}: {{{name}: 1.0}}"""
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's choices. Exits with status 2 if they make no sense."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.train",
+        description="Train a guide (an autoregressive reward model) on preference pairs, or a model by DPO.",
+        epilog="Data: JSONL, JSON or Parquet, or a hub id, with the columns prompt, chosen, rejected (texts or chat "
+        "messages), chosen and rejected as whole conversations, or those of PKU-SafeRLHF. Relative paths start in the "
+        "working folder, which under `ray job submit` is the job's own copy: give absolute ones there, which all "
+        "workers can see. Exit status: 0 trained, 1 stopped on the way, 2 nothing was started.",
+    )
+    parser.add_argument("--model", required=True, help="directory or hub id of the model to start from")
+    parser.add_argument("--data", required=True, metavar="FILE", help="preference pairs: a file, or a hub id")
+    parser.add_argument("--objective", choices=("helpful", "harmless"), help="which label of PKU-SafeRLHF counts")
+    parser.add_argument("--loss", choices=("arm", "dpo"), default="arm", help="GenARM's, or DPO's as a baseline (arm)")
+    parser.add_argument("--beta", type=float, help="of the loss (0.05 for arm, 0.1 for dpo)")
+    parser.add_argument("--margin", type=float, default=0.0, help="by which chosen is to win, arm only (0)")
+    parser.add_argument("--length-normalised", action="store_true", help="mean log-probabilities, arm only")
+    parser.add_argument("--lora-rank", type=int, default=8, help="of an adapter on all projections (8)")
+    parser.add_argument("--lora-alpha", type=float, help="its share is alpha / rank (twice the rank)")
+    parser.add_argument("--full", action="store_true", help="train all weights instead of an adapter")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="pairs of a step, over all workers (32)"
+    )
+    parser.add_argument("--epochs", type=float, default=1.0, metavar="N", help="passes over the pairs (1)")
+    parser.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.05,
+        metavar="S",
+        help="of the prompts, kept back to measure on (0.05)",
+    )
+    add_run_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def settings_from(options: argparse.Namespace, num_pairs: int) -> RunSettings:
+    """Return the run's settings.
+
+    Raises:
+        InvalidConfiguration: options that cannot work, alone or together.
+    """
+    beta = {"arm": 0.05, "dpo": 0.1}[options.loss] if options.beta is None else options.beta
+    if beta <= 0:
+        raise InvalidConfiguration(f"--beta: {beta} is not above 0")
+    if options.loss == "dpo" and (options.margin or options.length_normalised):
+        raise InvalidConfiguration("--margin and --length-normalised belong to --loss arm")
+    if not options.full and options.lora_rank < 1:
+        raise InvalidConfiguration(f"--lora-rank: {options.lora_rank} is less than 1; --full trains all weights")
+    rate = (5e-6 if options.full else 5e-4) if options.learning_rate is None else options.learning_rate
+    if rate <= 0:
+        raise InvalidConfiguration(f"--learning-rate: {rate} is not above 0")
+    rank = 0 if options.full else options.lora_rank
+    return RunSettings(
+        model=options.model,
+        objective=options.loss,
+        beta=beta,
+        margin=options.margin,
+        length_normalised=options.length_normalised,
+        lora_rank=rank,
+        lora_alpha=2 * rank if options.lora_alpha is None else options.lora_alpha,
+        learning_rate=rate,
+        batch_size=options.batch_size,
+        micro_batch=options.micro_batch,
+        num_steps=num_steps(options, num_pairs),
+        seed=options.seed,
+        dtype=options.dtype,
+        device="cuda" if options.gpus_per_worker else "cpu",
+        checkpoint_every=options.checkpoint_every,
+    )
+
+
+def split_by_prompt(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Return the pairs to train on and those kept back: about `share` of the prompts, none of which is trained on.
+
+    A prompt's own digest decides, so that every data set and every run with this share and seed keeps back the same.
+
+    Raises:
+        InvalidConfiguration: the share is outside [0, 1), or leaves nothing to train on.
+    """
+    if not 0 <= share < 1:
+        raise InvalidConfiguration(f"--validation-share: {share} is not from 0 up to 1")
+    training: list[Pair] = []
+    kept_back: list[Pair] = []
+    for pair in pairs:
+        digest = hashlib.sha256(f"{seed}:{json.dumps(pair.prompt)}".encode()).digest()
+        is_kept_back = int.from_bytes(digest[:8]) < share * 2**64
+        (kept_back if is_kept_back else training).append(pair)
+    if not training:
+        raise InvalidConfiguration(f"--validation-share: {share} leaves none of the {len(pairs)} pairs to train on")
+    return training, kept_back
+
+
+def write_prompts(path: Path, pairs: Sequence[Pair]) -> None:
+    """Write the pairs' prompts, each once, as `deploy.prefer` and `deploy.evaluate` read them."""
+    prompts = {json.dumps({"prompt" if isinstance(pair.prompt, str) else "messages": pair.prompt}) for pair in pairs}
+    path.write_text("".join(f"{prompt}\n" for prompt in sorted(prompts)))
+
+
+def prepare(options: argparse.Namespace) -> tuple[Job, list[Pair]]:
+    """Read and encode the data, and return it with the pairs kept back; loads a tokenizer, and no model.
+
+    Raises:
+        InvalidConfiguration: the data or an option cannot be used.
+    """
+    check_run_arguments(options)
+    options.model = locate(options.model)
+    pairs = read_pairs(
+        options.data, objective=options.objective, skip_bad_rows=options.skip_bad_rows, split=options.split
+    )
+    training, validation = split_by_prompt(pairs.pairs, options.validation_share, options.seed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+    except (OSError, ValueError) as error:
+        raise InvalidConfiguration(f"--model: {options.model!r} cannot be loaded: {error}") from error
+    limits = TokenLimits(max_prompt=options.max_prompt_tokens, max_response=options.max_response_tokens)
+    encoder = ResponseEncoder(tokenizer, limits)
+    examples = encoder.pairs(training)
+    kept_back = encoder.pairs(validation)
+    data = describe_data(pairs, encoder.report, len(kept_back))
+    if not examples:
+        raise InvalidConfiguration(f"--data: no pair is left to train on: {'; '.join(data)}")
+    job = Job(
+        settings=settings_from(options, len(examples)),
+        examples=examples,
+        validation=kept_back,
+        data=data,
+        digest=pairs.digest,
+    )
+    return job, validation
+
+
+def describe_data(pairs: Pairs, report: Report, num_kept_back: int) -> list[str]:
+    """Return what the examples are, one fact an item."""
+    return [
+        f"{Path(pairs.source).name} (SHA-256 {pairs.digest[:16]}…), {pairs.num_rows} rows",
+        *(f"{count} rows skipped: {reason}" for reason, count in sorted(pairs.skipped.items())),
+        *report.lines(),
+        f"{num_kept_back} of the examples kept back for validation",
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the process's exit status: 0, 1 if training stopped on the way, 2 if it was never started."""
+    options = parse_arguments(arguments)
+    try:
+        job, kept_back = prepare(options)
+        print("\n".join(job.data), file=sys.stderr)
+        workers = Workers(count=options.workers, cpus=options.cpus_per_worker, gpus=options.gpus_per_worker)
+        figures = run(job, options.output, workers, resume=options.resume)
+        write_prompts(options.output / VALIDATION_PROMPTS, kept_back)
+    except TrainingFailed as error:
+        print(f"deploy.train: {error}", file=sys.stderr)
+        return 1
+    except (TrimtabError, OSError, RayError) as error:
+        print(f"deploy.train: {error}", file=sys.stderr)
+        return 2
+    for name, value in figures.items():
+        print(f"{name} on validation pairs: {value:.4f}")
+    print(f"{options.output.resolve()} is ready")
+    if options.loss == "arm":
+        print(HOW_TO_SERVE.format(name=guide_name(options.output), output=options.output.resolve()))
+    return 0
+
+
+def guide_name(output: Path) -> str:
+    """Return a name for the guide that deploy.yaml takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", output.resolve().name).lstrip("._-")[:64] or "guide"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

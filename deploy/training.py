@@ -1,0 +1,274 @@
+"""What `deploy.train` and `deploy.derive` share: the workers on Ray, the output folder, the progress that people see.
+
+Every worker runs `actors.training.run.train`; the output folder must be one that all of them see.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import ray
+from tqdm import tqdm
+
+from actors.settings import locate_model
+from actors.training.card import write_card
+from actors.training.encoding import arrange
+from actors.training.run import CHECKPOINTS, LOG, RESULT, SETTINGS, RunSettings, describe, newest_checkpoint, train
+from actors.training.trainer import Example
+from cluster.errors import InvalidConfiguration
+
+REPORT_PERIOD_S = 10.0
+POLL_S = 0.5
+RAY = "ray"
+"""Ray Train's own folder, below the output; gone after a run that came to its end."""
+
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
+"""glibc keeps what large tensors leave behind: fresh pages for each of them took a third of a step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """How many processes train together, and what Ray sets aside for each."""
+
+    count: int = 1
+    cpus: float | None = None
+    """An equal share of the cluster's if none is given."""
+
+    gpus: float = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run and what it is of."""
+
+    settings: RunSettings
+    examples: Sequence[Example]
+    validation: Sequence[Example]
+    data: Sequence[str]
+    """What the examples are, for the model card."""
+
+    digest: str
+    """Of the data: a run is resumed on the same."""
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every kind of training has."""
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the model, and all of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    parser.add_argument("--learning-rate", type=float, metavar="R", help="highest rate of a cosine schedule")
+    parser.add_argument("--steps", type=int, metavar="N", help="instead of --epochs")
+    parser.add_argument(
+        "--micro-batch", type=int, default=32, metavar="N", help="of it, that a worker computes at once"
+    )
+    parser.add_argument("--checkpoint-every", type=int, default=50, metavar="N", help="steps (50)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed repeats a run (0)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the products; what is trained stays float32 (float32)",
+    )
+    parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="leave longer prompts out")
+    parser.add_argument("--max-response-tokens", type=int, metavar="N", help="cut longer responses")
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="count rows that cannot be used instead of stopping"
+    )
+    parser.add_argument("--split", default="train", help="of a data set on the hub (train)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share each batch (1)")
+    parser.add_argument("--cpus-per-worker", type=float, metavar="N", help="default: an equal share of the cluster's")
+    parser.add_argument("--gpus-per-worker", type=float, default=0, metavar="N", help="0 trains on processors (0)")
+
+
+def check_run_arguments(options: argparse.Namespace) -> None:
+    """Raise `InvalidConfiguration` for numbers that cannot be."""
+    for name in ("batch_size", "micro_batch", "checkpoint_every", "workers", "steps", "epochs"):
+        value = getattr(options, name, None)
+        if value is not None and value <= 0:
+            raise InvalidConfiguration(f"--{name.replace('_', '-')}: {value} is not above 0")
+    for name in ("max_prompt_tokens", "max_response_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InvalidConfiguration(f"--{name.replace('_', '-')}: {value} is less than 1")
+    if options.gpus_per_worker < 0 or (options.cpus_per_worker is not None and options.cpus_per_worker <= 0):
+        raise InvalidConfiguration("--cpus-per-worker must be above 0, and --gpus-per-worker not below")
+
+
+def locate(model: str) -> str:
+    """Return what workers in other working folders can load: an absolute path, or a hub id as it is.
+
+    Raises:
+        InvalidConfiguration: a path where there is no model.
+    """
+    path = Path(model).expanduser()
+    try:
+        return locate_model(str(path.resolve()) if path.exists() else model)
+    except ValueError as error:
+        raise InvalidConfiguration(f"--model: {error}") from error
+
+
+def num_steps(options: argparse.Namespace, num_examples: int) -> int:
+    """Return the run's length: `--steps`, or as many as `--epochs` take."""
+    if options.steps is not None:
+        return int(options.steps)
+    return max(1, round(options.epochs * num_examples / options.batch_size))
+
+
+def run(job: Job, output: Path, workers: Workers, *, resume: bool) -> dict[str, float]:
+    """Train on the cluster, and return the figures on validation pairs (empty if there were none).
+
+    Raises:
+        InvalidConfiguration: the run cannot start, or a worker found a setting that cannot work.
+        TrainingFailed: a worker died or raised.
+    """
+    output = output.resolve()
+    lengths = [example.length for example in job.examples]
+    # What would stop every worker stops here, before any model is loaded.
+    job.settings.micro_batch_for(workers.count)
+    arrange(lengths, batch_size=job.settings.batch_size, num_steps=1, seed=0)
+    num_done = prepare_output(job, output, resume=resume)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    with progress(output / LOG, total=job.settings.num_steps, num_done=num_done, file=sys.stderr):
+        _fit(job, output, workers)
+    validation: dict[str, float] = json.loads((output / RESULT).read_text())["validation"]
+    log = [json.loads(line) for line in (output / LOG).read_text().splitlines()]
+    write_card(output / "README.md", settings=describe(job.settings), data=job.data, log=log, validation=validation)
+    return validation
+
+
+class TrainingFailed(Exception):
+    """A worker died or raised; the checkpoints are there to go on from."""
+
+
+def _fit(job: Job, output: Path, workers: Workers) -> None:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    cpus = workers.cpus or max(1, ray.cluster_resources().get("CPU", 1) // workers.count)
+    check_room({"CPU": cpus * workers.count, "GPU": workers.gpus * workers.count})
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "settings": job.settings,
+            "examples": ray.put([job.examples, job.validation]),
+            "output": str(output),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=workers.count,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker={"CPU": cpus, "GPU": workers.gpus} if workers.gpus else {"CPU": cpus},
+        ),
+        run_config=RunConfig(name="run", storage_path=str(output / RAY), worker_runtime_env={"env_vars": ALLOCATOR}),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise TrainingFailed(
+            f"{_reason(error)}\nLogs are in {output / RAY}, checkpoints in {output / CHECKPOINTS}: "
+            "the same command with --resume goes on."
+        ) from error
+    shutil.rmtree(output / RAY)
+
+
+def check_room(wanted: Mapping[str, float]) -> None:
+    """Say so if the workers must wait for others on the cluster.
+
+    Raises:
+        InvalidConfiguration: the cluster is too small for them.
+    """
+    all_there, free = ray.cluster_resources(), ray.available_resources()
+    for name, amount in wanted.items():
+        if amount > all_there.get(name, 0):
+            raise InvalidConfiguration(
+                f"the workers want {amount:g} {name}s and the cluster has {all_there.get(name, 0):g}; "
+                f"lower --workers or --{name.lower()}s-per-worker"
+            )
+        if amount > free.get(name, 0):
+            print(
+                f"waiting: the workers want {amount:g} {name}s, of which {free.get(name, 0):g} are free (is a service "
+                "running there? RAY_ADDRESS=local before the command starts a cluster of its own)",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _reason(error: Exception) -> str:
+    """What the first worker that failed raised, without the way there."""
+    failures = [str(failure).strip() for failure in getattr(error, "worker_failures", {}).values()]
+    return (failures or [str(error)])[0].splitlines()[-1]
+
+
+def _work(config: dict[str, Any]) -> None:
+    examples, validation = ray.get(config["examples"])
+    train(config["settings"], examples, validation, Path(config["output"]))
+
+
+def prepare_output(job: Job, output: Path, *, resume: bool) -> int:
+    """Make the folder ready and return the number of steps done before.
+
+    Raises:
+        InvalidConfiguration: it holds another run, or one that is not to be overwritten.
+    """
+    described = describe(job.settings) | {"data": job.digest}
+    settings_file = output / SETTINGS
+    if not settings_file.exists():
+        if output.is_dir() and any(output.iterdir()):
+            raise InvalidConfiguration(f"--output: {output} is not empty; choose a new folder")
+        output.mkdir(parents=True, exist_ok=True)
+        settings_file.write_text(json.dumps(described, indent=2) + "\n")
+        return 0
+    if not resume:
+        raise InvalidConfiguration(f"--output: {output} holds a run; --resume goes on with it, or choose a new folder")
+    before = json.loads(settings_file.read_text())
+    changed = [name for name in described if described[name] != before.get(name)]
+    if changed:
+        name = changed[0]
+        raise InvalidConfiguration(
+            f"--resume: {name} was {before.get(name)!r} and is {described[name]!r} now; "
+            "give the same settings and data, or a new --output"
+        )
+    checkpoint = newest_checkpoint(output)
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+
+@contextmanager
+def progress(log: Path, *, total: int, num_done: int, file: IO[str]) -> Iterator[None]:
+    """Show the steps that a worker writes into `log`: a bar on a terminal, elsewhere a line now and then."""
+    is_over = threading.Event()
+    log.unlink(missing_ok=True)
+    thread = threading.Thread(target=_follow, args=(log, total, num_done, file, is_over))
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def _follow(log: Path, total: int, num_done: int, file: IO[str], is_over: threading.Event) -> None:
+    interval_s = 0.5 if file.isatty() else REPORT_PERIOD_S
+    with tqdm(total=total, initial=num_done, unit="step", file=file, mininterval=interval_s, dynamic_ncols=True) as bar:
+        num_read = 0
+        while True:
+            was_over = is_over.wait(POLL_S)
+            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+            steps = [json.loads(line) for line in lines[num_read:] if line.endswith("\n")]
+            num_read += len(steps)
+            newest = next((step for step in reversed(steps) if "loss" in step), None)
+            if newest is not None:
+                bar.set_postfix_str(_figures(newest), refresh=False)
+                bar.update(newest["step"] - bar.n)
+            if was_over:
+                return
+
+
+def _figures(step: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {step[name]:.3f}" for name in ("loss", "accuracy", "margin") if name in step)

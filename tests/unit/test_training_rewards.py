@@ -1,0 +1,97 @@
+"""The rewards that ship, and how a reward of the user's own is found."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from actors.training.rewards import EXAMPLE, load_reward, plainness, positivity, score
+from cluster.errors import InvalidConfiguration
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with modules of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    return tmp_path
+
+
+def test_positivity_is_vaders_compound_score() -> None:
+    assert positivity("x", "What a wonderful day") > 0.5
+    assert positivity("x", "a table") == 0
+    assert positivity("x", "a terrible, awful day") < -0.5
+
+
+def test_plainness_is_the_readability_index_turned_round() -> None:
+    # 21 letters and digits in 4 words and 2 sentences.
+    index = 4.71 * 21 / 4 + 0.5 * 4 / 2 - 21.43
+    assert plainness("x", "Seven-5 apples. Green ones!") == pytest.approx(1 - max(0.0, index) / 10)
+    words = "considerable difficulties " * 2
+    index = 4.71 * 12 + 0.5 * 4 - 21.43
+    assert index > 20
+    assert plainness("x", words) == -1
+    # 5 letters a word.
+    assert plainness("x", "seven eight three\nother words again") == pytest.approx(
+        1 - (4.71 * 30 / 6 + 1.5 - 21.43) / 10
+    )
+
+
+@pytest.mark.parametrize("text", ["", " \n", "...", "- !"])
+def test_what_has_no_word_is_not_plain(text: str) -> None:
+    assert plainness("x", text) == -1
+
+
+def test_short_words_and_sentences_are_plain() -> None:
+    assert plainness("x", "I am. We go. It is so") == 1
+    assert plainness("x", "We go. " * 3) > plainness("x", "Nevertheless unquestionably extraordinary")
+
+
+def test_the_shipped_rewards_are_found_by_name() -> None:
+    assert load_reward(EXAMPLE) is positivity
+    assert load_reward("actors.training.rewards:plainness") is plainness
+
+
+def test_a_reward_in_the_current_directory_is_found(folder: Path) -> None:
+    (folder / "rewards_of_mine").mkdir()
+    (folder / "rewards_of_mine" / "short.py").write_text("def short(prompt, response): return -len(response)")
+    reward = load_reward("rewards_of_mine.short:short")
+    assert score(reward, "x", ["four", ""], number=1) == [-4.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("positivity", "'positivity' is not of the form module:function, such as actors.training.rewards:positivity"),
+        ("actors/training/rewards.py:positivity", "is not of the form"),
+        (":f", "is not of the form"),
+        (".rewards:f", "is not of the form"),
+        ("no_such_module:f", "there is no module 'no_such_module' in "),
+        ("actors.no_such_module:f", "there is no module 'actors.no_such_module'"),
+        ("actors.training.rewards:kindness", "kindness does not exist in "),
+        ("actors.training.rewards:EXAMPLE", "EXAMPLE is no function in "),
+        ("broken_reward:f", "importing broken_reward raised ModuleNotFoundError: No module named 'no_such_package'"),
+        ("faulty_reward:f", "importing faulty_reward raised ZeroDivisionError"),
+    ],
+)
+def test_a_name_of_no_reward_is_refused(folder: Path, name: str, told: str) -> None:
+    (folder / "broken_reward.py").write_text("import no_such_package")
+    (folder / "faulty_reward.py").write_text("1 / 0")
+    with pytest.raises(InvalidConfiguration) as refused:
+        load_reward(name)
+    assert told in str(refused.value)
+
+
+def test_a_reward_that_fails_names_the_prompt() -> None:
+    def fails(prompt: object, response: str) -> float:
+        return 1 / len(response)
+
+    with pytest.raises(InvalidConfiguration, match="reward of answer 2 to prompt 7 raised ZeroDivisionError: division"):
+        score(fails, "x", ["a", ""], number=7)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "high"])
+def test_a_reward_that_is_no_number_names_the_prompt(value: float) -> None:
+    with pytest.raises(InvalidConfiguration, match="reward of answer 1 to prompt 7"):
+        score(lambda prompt, response: value, "x", ["a"], number=7)
