@@ -1,6 +1,6 @@
 """From guided logits to a token: temperature, top-k, top-p, min-p, then a Gumbel-max draw.
 
-Shapes: B rows of a step, S those of them that sample, V vocabulary, N blocks of four tokens.
+Shapes: B rows of a step, S those of them that sample, V vocabulary, N blocks of W = 4 tokens, M those in reach.
 """
 
 import math
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from actors.guidance.noise import REACH, WORDS, noise
+from actors.guidance.noise import REACH, WORDS, gumbel, noise, token_words
+
+SLACK = 1 + 1e-6
+"""Far above what rounding in float64 could take from a token that ties with the bar."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,17 +109,28 @@ def _nucleus_floor(scores_V: Tensor, top_p: float) -> Tensor:
 
 
 def _gumbel_argmax(scores_SV: Tensor, positions_S: Tensor, samples_S: Tensor, seeds_S: Tensor) -> Tensor:
-    """argmax_v(scores + noise), with noise computed only where a token can still win."""
-    num_rows, num_tokens = scores_SV.shape
-    blocks_SNW = pad(scores_SV, (0, -num_tokens % WORDS), value=-torch.inf).view(num_rows, -1, WORDS)
+    """argmax_v(scores + noise) of each row; one row at a time, which stays in the processor's cache."""
+    counters = zip(positions_S.split(1), samples_S.split(1), seeds_S.split(1), strict=True)
+    return torch.stack(
+        [_noisy_argmax(scores_V, *counter) for scores_V, counter in zip(scores_SV, counters, strict=True)]
+    )
 
-    def noisy(rows: Tensor, blocks: Tensor) -> Tensor:
-        return blocks_SNW[rows, blocks] + noise(blocks, positions_S[rows], samples_S[rows], seeds_S[rows])
 
-    # The best token's own noisy score is a bar that any other token must be able to reach.
-    all_rows = torch.arange(num_rows, device=scores_SV.device)
-    bars_S = noisy(all_rows, scores_SV.argmax(dim=-1) // WORDS).amax(dim=-1)
-    rows, blocks = (blocks_SNW.amax(dim=-1) > bars_S[:, None] - REACH).nonzero(as_tuple=True)
-    noisy_SNW = torch.full_like(blocks_SNW, -torch.inf)
-    noisy_SNW[rows, blocks] = noisy(rows, blocks)
-    return noisy_SNW.view(num_rows, -1).argmax(dim=-1)
+def _noisy_argmax(scores_V: Tensor, position: Tensor, sample: Tensor, seed: Tensor) -> Tensor:
+    """argmax_v(scores + noise), with words only where a token is in reach and noise only where it can still win."""
+    blocks_NW = pad(scores_V, (0, -len(scores_V) % WORDS), value=-torch.inf).view(-1, WORDS)
+    # The noisy score of the best token's block is a bar that the winner must reach.
+    best = scores_V.argmax(dim=-1, keepdim=True) // WORDS
+    bar = (blocks_NW[best] + noise(best, position, sample, seed)).amax()
+    if not bar.isfinite():
+        return best[0] * WORDS  # nothing can be drawn from such scores; it is for the caller to see
+    reachable = (blocks_NW.amax(dim=-1) > bar - REACH).nonzero()[:, 0]
+    words_MW = token_words(reachable, position, sample, seed)
+    scores_MW = blocks_NW[reachable]
+    # The winner has e^-g = -log u <= e^(score - bar), and 1 - u is less than -log u: no logarithm is needed to see that
+    # nearly all the others cannot be it.
+    complements_MW = (2**32 - 0.5 - words_MW.double()) / 2**32
+    can_win = complements_MW <= (scores_MW - bar).exp_() * SLACK
+    winner = (scores_MW[can_win] + gumbel(words_MW[can_win])).argmax()
+    block, word = can_win.nonzero()[winner]
+    return reachable[block] * WORDS + word

@@ -1,5 +1,6 @@
 """Noise is Philox4x32-10 as published, and depends on nothing but seed, sample, position and token."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,8 +27,8 @@ def words(*values: int) -> list[torch.Tensor]:
 def test_philox_gives_the_published_words(
     counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
-    c0, c1, c2, c3 = words(*counter)
-    k0, k1 = words(*key)
+    c0, c1, c2, c3 = (np.array(word, dtype=np.uint64) for word in counter)
+    k0, k1 = (np.array(word, dtype=np.uint64) for word in key)
     assert philox4x32((c0, c1, c2, c3), (k0, k1)).tolist() == list(expected)
 
 
