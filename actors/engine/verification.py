@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 _NUM_TOKENS = 12
 
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
-"""Largest difference, relative to the largest logit: far above rounding, far below another attention."""
+"""Largest difference at a position, relative to the largest logit: far above rounding, far below another attention.
+
+At single positions rounding in 16 bits goes further (two implementations of SmolLM2's attention differ by a quarter of
+the largest logit at one of twelve), while another attention is wrong at most of them: there the median position counts.
+"""
 
 
 def verify(engine: "Engine", model: PreTrainedModel) -> None:
@@ -41,7 +45,9 @@ def verify(engine: "Engine", model: PreTrainedModel) -> None:
         raise InvalidConfiguration(
             f"model {name}: its logits are not finite in {expected_PV.dtype}. Use another dtype, such as bfloat16."
         )
-    difference = float((_logits_by_engine(engine, tokens).float() - expected_PV.float()).abs().max())
+    differences_P = (_logits_by_engine(engine, tokens).float() - expected_PV.float()).abs().amax(1)
+    is_exact = expected_PV.dtype == torch.float32
+    difference = float(differences_P.max() if is_exact else differences_P.median())
     limit = _TOLERANCES[expected_PV.dtype] * float(expected_PV.float().abs().max())
     if not difference <= limit:
         raise unsupported(name, f"its logits differ by {difference:.2g} from the model's own, by {limit:.2g} at most")

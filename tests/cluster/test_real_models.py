@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from actors.engine import Engine, Work
 from actors.guidance import Sampling
 from actors.guidance.reference import ReferenceText, Voice, generate
 from actors.prompts import Prompt, PromptEncoder
@@ -90,3 +92,15 @@ async def test_greedy_tokens_are_the_references(models: dict[str, Any], guidance
         expected = reference(models, messages, chosen, temperature=0.0)
         comparison.add(messages[0]["content"][:40], answer["token_ids"], expected)
     comparison.finish()
+
+
+@pytest.mark.parametrize("model", [BASE, POSITIVITY])
+def test_the_models_run_in_bfloat16(model: Path) -> None:
+    """The engine verifies itself when it starts; this is near the model's own logits in float32."""
+    engine = Engine.load(str(model), dtype=torch.bfloat16, max_sequences=1, max_context=64)
+    tokens = AutoTokenizer.from_pretrained(BASE)("The weather in the mountains was").input_ids
+    engine.open("a", tokens)
+    [found] = engine.step([Work("a", tokens, [len(tokens) - 1])]).float().softmax(-1)
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(model)(torch.tensor([tokens])).logits[0, -1].softmax(-1)
+    assert (found - expected).abs().sum() < 0.2
