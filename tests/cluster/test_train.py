@@ -9,14 +9,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors.training.run import newest_checkpoint
+from deploy.client import Client
+from tests.cluster.conftest import Deploy, model_args, service_config
 from tests.tiny import llama, save
 
 NUM_STEPS = 20
+CHECKPOINT_EVERY = 5
 DEADLINE_S = 240
+pytestmark = pytest.mark.timeout(3 * DEADLINE_S + 60)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train")
     save(llama(), folder / "model")
     rows = [
-        {"prompt": "say " + "abc"[: i % 3 + 1], "chosen": "good " * (i % 4 + 1), "rejected": "bad " * (i % 5 + 1)}
+        {"prompt": f"say {i}" + "abc"[: i % 3], "chosen": "good " * (i % 4 + 1), "rejected": "bad " * (i % 5 + 1)}
         for i in range(64)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -44,7 +50,7 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
             str(folder / "pairs.jsonl"),
         ),
         *("--output", str(output), "--steps", str(NUM_STEPS), "--batch-size", "8", "--cpus-per-worker", "1"),
-        *("--checkpoint-every", "5", "--learning-rate", "5e-3", *more),
+        *("--checkpoint-every", str(CHECKPOINT_EVERY), "--learning-rate", "5e-3", "--validation-share", "0.2", *more),
     ]
 
 
@@ -98,13 +104,12 @@ def test_a_killed_run_resumes_and_gives_the_curve_of_an_undisturbed_one(folder: 
         kill_family(process.pid)
         process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    num_done = len(steps(output))
+    num_done, checkpoint = len(steps(output)), newest_checkpoint(output)
+    assert checkpoint is not None
     assert num_done < NUM_STEPS
-    resumed = train(folder, output, "--resume")
-    expected = steps(undisturbed)
+    assert num_done - int(checkpoint.name.rpartition("-")[2]) <= CHECKPOINT_EVERY
+    resumed, expected = train(folder, output, "--resume"), steps(undisturbed)
     assert [step["loss"] for step in resumed] == pytest.approx([step["loss"] for step in expected], abs=1e-6)
-    newest = max(5 * (num_done // 5) - 5, 0)
-    assert newest >= num_done - 10
 
 
 def wait_for_checkpoint(process: "subprocess.Popen[str]", output: Path) -> None:
@@ -118,8 +123,6 @@ def wait_for_checkpoint(process: "subprocess.Popen[str]", output: Path) -> None:
 
 def kill_family(pid: int) -> None:
     """SIGKILL for the driver and every process of the cluster that it started."""
-    import psutil
-
     family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     for process in family:
         process.kill()
@@ -138,6 +141,17 @@ def test_the_output_is_a_model_with_its_adapter_card_and_logs(folder: Path, undi
         assert fact in card
     kept_back = [json.loads(line) for line in (undisturbed / "validation_prompts.jsonl").read_text().splitlines()]
     assert all(set(line) == {"prompt"} for line in kept_back)
+
+
+def test_the_output_guides_as_it_is(folder: Path, undisturbed: Path, deploy: Deploy) -> None:
+    base = str(folder / "model")
+    deploy(service_config(model_args(base), {"kind": model_args(str(undisturbed), base=base)}))
+    client = Client()
+    plain, guided = (
+        client.generate(prompt="say 1", weights=weights, temperature=0.0, max_tokens=12)["token_ids"]
+        for weights in ({}, {"kind": 5.0})
+    )
+    assert plain != guided
 
 
 def test_a_worker_that_fails_is_an_error_with_its_reason(folder: Path) -> None:
