@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import requests
 from ray import serve
 from ray.util.state import list_actors
@@ -39,7 +40,7 @@ ENDLESS: dict[str, Any] = {"prompt": "hello", "max_tokens": 19_000, "temperature
 def process_of(deployment: str) -> int:
     (actor,) = [
         actor
-        for actor in list_actors(filters=[("state", "=", "ALIVE")], detail=True)
+        for actor in list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")], detail=True)
         if f"#{deployment}#" in (actor.name or "")
     ]
     assert actor.pid is not None
