@@ -110,7 +110,7 @@ def _nucleus_floor(scores_V: Tensor, top_p: float) -> Tensor:
 
 def _gumbel_argmax(scores_SV: Tensor, positions_S: Tensor, samples_S: Tensor, seeds_S: Tensor) -> Tensor:
     """argmax_v(scores + noise) of each row; one row at a time, which stays in the processor's cache."""
-    counters = zip(positions_S.split(1), samples_S.split(1), seeds_S.split(1), strict=True)
+    counters = zip(positions_S[:, None], samples_S[:, None], seeds_S[:, None], strict=True)
     return torch.stack(
         [_noisy_argmax(scores_V, *counter) for scores_V, counter in zip(scores_SV, counters, strict=True)]
     )
