@@ -11,6 +11,7 @@ import ray
 import yaml
 
 from actors.settings import CHECKOUT
+from deploy.evaluation.plan import Plan
 
 
 def test_the_cluster_file_fits_rays_launcher() -> None:
@@ -59,3 +60,11 @@ def test_ignored_folders_are_anchored(pattern: str) -> None:
 def test_no_text_has_a_hole_to_fill(name: str) -> None:
     text = (CHECKOUT / name).read_text()
     assert re.findall(r"@[A-Z]+@|^(?:RESULTS|COMMANDS|TODO)\b", text, re.MULTILINE) == []
+
+
+def test_the_shipped_evaluation_is_a_plan_over_the_shipped_guides_and_prompts() -> None:
+    plan = Plan.model_validate(yaml.safe_load((CHECKOUT / "deploy" / "evaluation.yaml").read_text()))
+    service = yaml.safe_load((CHECKOUT / "deploy.yaml").read_text())
+    guides = service["applications"][-1]["deployments"][0]["user_config"]["guides"]
+    assert plan.prompts_path.is_file()
+    assert {name: plan.guides[name] for name in guides} == {name: f"models/{name}" for name in guides}
