@@ -32,6 +32,7 @@ HOW_TO_SERVE = """To serve it, add an application to a copy of deploy.yaml, with
     args:
       model: {output}
       base: models/smollm2-135m-instruct
+      resources: {{cpus: 0.25}}
 
 and the guide and a profile to the user_config of Gateway and Coordinator:
 
