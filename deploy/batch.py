@@ -165,7 +165,8 @@ def connect() -> AsyncClient:
     return AsyncClient()
 
 
-def _parse_json(text: str) -> Any:
+def parse_json(text: str) -> Any:
+    """Return the value that an option gives as JSON."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -192,7 +193,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     parser.add_argument("--concurrency", type=int, default=16, metavar="N", help="open requests at a time (16)")
     guidance = parser.add_mutually_exclusive_group()
     guidance.add_argument("--model", help="profile of lines that name neither a model nor weights")
-    guidance.add_argument("--weights", type=_parse_json, metavar="JSON", help='instead of --model: {"<guide>": 1.0}')
+    guidance.add_argument("--weights", type=parse_json, metavar="JSON", help='instead of --model: {"<guide>": 1.0}')
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of lines that do not say")
     parser.add_argument("--temperature", type=float, metavar="T", help="of lines that do not say")
     parser.add_argument(

@@ -45,9 +45,7 @@ class Defaults:
         guidance = {} if {"model", "weights", "guidance"} & set(given) else self.guidance
         fields = {**self.fields, **guidance, **given}
         if fields.get("seed") is None:
-            digest = hashlib.sha256(f"{self.seed}:{line}".encode()).digest()
-            # 53 bits: JSON readers whose numbers are doubles read it exactly.
-            fields["seed"] = int.from_bytes(digest[:8]) >> 11
+            fields["seed"] = derive_seed(f"{self.seed}:{line}")
         return fields
 
 
@@ -66,6 +64,11 @@ class Line:
     """As the service takes them; none if there is an error."""
 
     error: InvalidRequest | None = None
+
+
+def derive_seed(text: str) -> int:
+    """Return a seed that the text decides: 53 bits, which JSON readers whose numbers are doubles read exactly."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 11
 
 
 def read_lines(path: Path, defaults: Defaults) -> Iterator[Line]:

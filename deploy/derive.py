@@ -8,17 +8,25 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from ray.exceptions import RayError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from actors.training.data import read_texts
 from actors.training.derive import choose_layers
-from actors.training.encoding import ResponseEncoder, TokenLimits
 from actors.training.run import RunSettings
-from cluster.errors import InvalidConfiguration, TrimtabError
-from deploy.training import Job, TrainingFailed, Workers, add_run_arguments, check_run_arguments, locate, num_steps, run
+from cluster.errors import InvalidConfiguration
+from deploy.training import (
+    Job,
+    adapter_rank,
+    add_run_arguments,
+    check_run_arguments,
+    describe_data,
+    exit_status,
+    locate,
+    response_encoder,
+    run,
+    shared_settings,
+)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -36,7 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     layers.add_argument("--layers", metavar="LIST", help="the very layers to keep, such as 0-6,27-29")
     parser.add_argument("--data", required=True, metavar="FILE", help="prompts with responses: a file, or a hub id")
-    parser.add_argument("--lora-rank", type=int, default=32, help="of an adapter on all projections (32)")
+    parser.add_argument("--lora-rank", type=int, help="of an adapter on all projections (32)")
     parser.add_argument("--full", action="store_true", help="train all weights instead of an adapter")
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="texts of a step, over all workers (32)"
@@ -75,25 +83,23 @@ def prepare(options: argparse.Namespace) -> Job:
     texts = read_texts(options.data, skip_bad_rows=options.skip_bad_rows, split=options.split)
     try:
         num_layers = AutoConfig.from_pretrained(options.model).get_text_config(decoder=True).num_hidden_layers
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
     except (OSError, ValueError) as error:
         raise InvalidConfiguration(f"--model: {options.model!r} cannot be loaded: {error}") from error
     layers = choose_layers(num_layers, options.keep) if options.layers is None else parse_layers(options.layers)
     if layers[-1] >= num_layers:
         raise InvalidConfiguration(f"--layers: {layers[-1]} is beyond the model's last layer, {num_layers - 1}")
-    encoder = ResponseEncoder(
-        tokenizer, TokenLimits(max_prompt=options.max_prompt_tokens, max_response=options.max_response_tokens)
-    )
+    encoder = response_encoder(options)
     examples = encoder.texts(texts.texts)
-    data = [
-        f"{Path(texts.source).name} (SHA-256 {texts.digest[:16]}…), {texts.num_rows} rows",
-        *(f"{count} rows skipped: {reason}" for reason, count in sorted(texts.skipped.items())),
-        *encoder.report.lines(),
-    ]
+    data = describe_data(texts, encoder.report)
     if not examples:
         raise InvalidConfiguration(f"--data: no text is left to train on: {'; '.join(data)}")
-    return Job(settings=settings_from(options, layers, len(examples)), examples=examples, validation=[], data=data,
-               digest=texts.digest)  # fmt: skip
+    return Job(
+        settings=settings_from(options, layers, len(examples)),
+        examples=examples,
+        validation=[],
+        data=data,
+        digest=texts.digest,
+    )
 
 
 def settings_from(options: argparse.Namespace, layers: tuple[int, ...], num_texts: int) -> RunSettings:
@@ -102,45 +108,31 @@ def settings_from(options: argparse.Namespace, layers: tuple[int, ...], num_text
     Raises:
         InvalidConfiguration: an option that cannot work.
     """
-    if not options.full and options.lora_rank < 1:
-        raise InvalidConfiguration(f"--lora-rank: {options.lora_rank} is less than 1; --full trains all weights")
-    rate = (2e-4 if options.full else 1.5e-3) if options.learning_rate is None else options.learning_rate
-    if rate <= 0:
-        raise InvalidConfiguration(f"--learning-rate: {rate} is not above 0")
-    rank = 0 if options.full else options.lora_rank
+    rank = adapter_rank(options, default=32)
     return RunSettings(
-        model=options.model,
         layers=layers,
         objective="distillation",
         lora_rank=rank,
         lora_alpha=rank,
-        learning_rate=rate,
-        batch_size=options.batch_size,
-        micro_batch=options.micro_batch,
-        num_steps=num_steps(options, num_texts),
-        seed=options.seed,
-        dtype=options.dtype,
-        device="cuda" if options.gpus_per_worker else "cpu",
-        checkpoint_every=options.checkpoint_every,
+        **shared_settings(options, num_texts, default_rate=2e-4 if options.full else 1.5e-3),
     )
+
+
+def derive(options: argparse.Namespace) -> None:
+    """Cut and distil, and say where the model is.
+
+    Raises:
+        InvalidConfiguration: the run cannot start.
+        TrainingFailed: a worker died or raised.
+    """
+    run(prepare(options), options)
+    print(f"{options.output.resolve()} is ready: train it with deploy.train --model")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the process's exit status: 0, 1 if training stopped on the way, 2 if it was never started."""
     options = parse_arguments(arguments)
-    try:
-        job = prepare(options)
-        print("\n".join(job.data), file=sys.stderr)
-        workers = Workers(count=options.workers, cpus=options.cpus_per_worker, gpus=options.gpus_per_worker)
-        run(job, options.output, workers, resume=options.resume)
-    except TrainingFailed as error:
-        print(f"deploy.derive: {error}", file=sys.stderr)
-        return 1
-    except (TrimtabError, OSError, RayError) as error:
-        print(f"deploy.derive: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.output.resolve()} is ready: train it with deploy.train --model")
-    return 0
+    return exit_status("deploy.derive", lambda: derive(options))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The command line of `deploy.prefer`: its options, their defaults, and what is refused before anything is sampled."""
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 from actors.coordinator.request import GenerationRequest, invalid_request
 from actors.training.rewards import EXAMPLE
 from cluster.errors import InvalidConfiguration
+from deploy.batch import parse_json
 from deploy.prefer_sampling import DTYPES
 
 MIN_TEMPERATURE = 0.01
@@ -85,14 +85,6 @@ def _add_ways_of_sampling(parser: argparse.ArgumentParser) -> None:
     local.add_argument("--model", type=Path, metavar="DIR", help="of a transformers model; no service is needed")
     local.add_argument("--dtype", choices=list(DTYPES), help="bfloat16 is fast on CPUs that have it (float32)")
     local.add_argument("--batch", type=int, metavar="N", help="prompts at a time (10)")
-
-
-def parse_json(text: str) -> Any:
-    """Return the value that an option gives as JSON."""
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
 
 
 def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ Both hand over a prompt's answers once it has all of them. Knows no file of answ
 """
 
 import argparse
-import hashlib
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from actors.prompts import Prompt, PromptEncoder
 from actors.training.preferences import answer_prompts
 from cluster.errors import InvalidConfiguration, InvalidRequest, TrimtabError
 from deploy.batch import PAUSES_S, Generate, Progress, answer_all
-from deploy.batch_lines import Line
+from deploy.batch_lines import Line, derive_seed
 from deploy.prefer_answers import Answer, Answers, Asked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -104,7 +103,7 @@ async def sample_through_service(
             number=asked.number,
             id=sample,
             digest="",
-            fields={**fields, **asked.content, "seed": sample_seed(seed, asked.number, sample)},
+            fields={**fields, **asked.content, "seed": derive_seed(f"{seed}:{asked.number}:{sample}")},
         )
         for asked in prompts
         for sample in range(num_samples)
@@ -125,9 +124,3 @@ async def sample_through_service(
             del drawn[line.number]
 
     await answer_all(requests, generate, collect, progress, concurrency=concurrency, pauses_s=pauses_s)
-
-
-def sample_seed(seed: int, number: int, sample: int) -> int:
-    """Return the seed of a sample: 53 bits, which JSON readers whose numbers are doubles read exactly."""
-    digest = hashlib.sha256(f"{seed}:{number}:{sample}".encode()).digest()
-    return int.from_bytes(digest[:8]) >> 11

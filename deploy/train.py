@@ -12,14 +12,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ray.exceptions import RayError
-from transformers import AutoTokenizer
-
-from actors.training.data import Pair, Pairs, read_pairs
-from actors.training.encoding import Report, ResponseEncoder, TokenLimits
+from actors.training.data import Pair, read_pairs
 from actors.training.run import RunSettings
-from cluster.errors import InvalidConfiguration, TrimtabError
-from deploy.training import Job, TrainingFailed, Workers, add_run_arguments, check_run_arguments, locate, num_steps, run
+from cluster.errors import InvalidConfiguration
+from deploy.training import (
+    Job,
+    adapter_rank,
+    add_run_arguments,
+    check_run_arguments,
+    describe_data,
+    exit_status,
+    locate,
+    response_encoder,
+    run,
+    shared_settings,
+)
 
 VALIDATION_PROMPTS = "validation_prompts.jsonl"
 """Beside the model: what it was not trained on, for whoever chooses between settings."""
@@ -58,7 +65,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--beta", type=float, help="of the loss (0.05 for arm, 0.1 for dpo)")
     parser.add_argument("--margin", type=float, default=0.0, help="by which chosen is to win, arm only (0)")
     parser.add_argument("--length-normalised", action="store_true", help="mean log-probabilities, arm only")
-    parser.add_argument("--lora-rank", type=int, default=8, help="of an adapter on all projections (8)")
+    parser.add_argument("--lora-rank", type=int, help="of an adapter on all projections (8)")
     parser.add_argument("--lora-alpha", type=float, help="its share is alpha / rank (twice the rank)")
     parser.add_argument("--full", action="store_true", help="train all weights instead of an adapter")
     parser.add_argument(
@@ -87,28 +94,15 @@ def settings_from(options: argparse.Namespace, num_pairs: int) -> RunSettings:
         raise InvalidConfiguration(f"--beta: {beta} is not above 0")
     if options.loss == "dpo" and (options.margin or options.length_normalised):
         raise InvalidConfiguration("--margin and --length-normalised belong to --loss arm")
-    if not options.full and options.lora_rank < 1:
-        raise InvalidConfiguration(f"--lora-rank: {options.lora_rank} is less than 1; --full trains all weights")
-    rate = (5e-6 if options.full else 5e-4) if options.learning_rate is None else options.learning_rate
-    if rate <= 0:
-        raise InvalidConfiguration(f"--learning-rate: {rate} is not above 0")
-    rank = 0 if options.full else options.lora_rank
+    rank = adapter_rank(options, default=8)
     return RunSettings(
-        model=options.model,
         objective=options.loss,
         beta=beta,
         margin=options.margin,
         length_normalised=options.length_normalised,
         lora_rank=rank,
         lora_alpha=2 * rank if options.lora_alpha is None else options.lora_alpha,
-        learning_rate=rate,
-        batch_size=options.batch_size,
-        micro_batch=options.micro_batch,
-        num_steps=num_steps(options, num_pairs),
-        seed=options.seed,
-        dtype=options.dtype,
-        device="cuda" if options.gpus_per_worker else "cpu",
-        checkpoint_every=options.checkpoint_every,
+        **shared_settings(options, num_pairs, default_rate=5e-6 if options.full else 5e-4),
     )
 
 
@@ -151,15 +145,10 @@ def prepare(options: argparse.Namespace) -> tuple[Job, list[Pair]]:
         options.data, objective=options.objective, skip_bad_rows=options.skip_bad_rows, split=options.split
     )
     training, validation = split_by_prompt(pairs.pairs, options.validation_share, options.seed)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-    except (OSError, ValueError) as error:
-        raise InvalidConfiguration(f"--model: {options.model!r} cannot be loaded: {error}") from error
-    limits = TokenLimits(max_prompt=options.max_prompt_tokens, max_response=options.max_response_tokens)
-    encoder = ResponseEncoder(tokenizer, limits)
+    encoder = response_encoder(options)
     examples = encoder.pairs(training)
     kept_back = encoder.pairs(validation)
-    data = describe_data(pairs, encoder.report, len(kept_back))
+    data = [*describe_data(pairs, encoder.report), f"{len(kept_back)} of the examples kept back for validation"]
     if not examples:
         raise InvalidConfiguration(f"--data: no pair is left to train on: {'; '.join(data)}")
     job = Job(
@@ -172,37 +161,28 @@ def prepare(options: argparse.Namespace) -> tuple[Job, list[Pair]]:
     return job, validation
 
 
-def describe_data(pairs: Pairs, report: Report, num_kept_back: int) -> list[str]:
-    """Return what the examples are, one fact an item."""
-    return [
-        f"{Path(pairs.source).name} (SHA-256 {pairs.digest[:16]}…), {pairs.num_rows} rows",
-        *(f"{count} rows skipped: {reason}" for reason, count in sorted(pairs.skipped.items())),
-        *report.lines(),
-        f"{num_kept_back} of the examples kept back for validation",
-    ]
+def train(options: argparse.Namespace) -> None:
+    """Train, and say what came of it and how to serve it.
+
+    Raises:
+        InvalidConfiguration: the run cannot start.
+        TrainingFailed: a worker died or raised.
+    """
+    job, kept_back = prepare(options)
+    figures = run(job, options)
+    write_prompts(options.output / VALIDATION_PROMPTS, kept_back)
+    for name, value in figures.items():
+        print(f"{name} on validation pairs: {value:.4f}")
+    output = options.output.resolve()
+    print(f"{output} is ready")
+    if options.loss == "arm":
+        print(HOW_TO_SERVE.format(name=guide_name(output), output=output))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the process's exit status: 0, 1 if training stopped on the way, 2 if it was never started."""
     options = parse_arguments(arguments)
-    try:
-        job, kept_back = prepare(options)
-        print("\n".join(job.data), file=sys.stderr)
-        workers = Workers(count=options.workers, cpus=options.cpus_per_worker, gpus=options.gpus_per_worker)
-        figures = run(job, options.output, workers, resume=options.resume)
-        write_prompts(options.output / VALIDATION_PROMPTS, kept_back)
-    except TrainingFailed as error:
-        print(f"deploy.train: {error}", file=sys.stderr)
-        return 1
-    except (TrimtabError, OSError, RayError) as error:
-        print(f"deploy.train: {error}", file=sys.stderr)
-        return 2
-    for name, value in figures.items():
-        print(f"{name} on validation pairs: {value:.4f}")
-    print(f"{options.output.resolve()} is ready")
-    if options.loss == "arm":
-        print(HOW_TO_SERVE.format(name=guide_name(options.output), output=options.output.resolve()))
-    return 0
+    return exit_status("deploy.train", lambda: train(options))
 
 
 def guide_name(output: Path) -> str:

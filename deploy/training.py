@@ -9,21 +9,24 @@ import logging
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import ray
+from ray.exceptions import RayError
 from tqdm import tqdm
 
 from actors.settings import locate_model
 from actors.training.card import write_card
-from actors.training.encoding import arrange
+from actors.training.data import Pairs, Texts
+from actors.training.encoding import EncodedPair, Report, ResponseEncoder, TokenLimits, arrange
 from actors.training.run import CHECKPOINTS, LOG, RESULT, SETTINGS, RunSettings, describe, newest_checkpoint, train
 from actors.training.trainer import Example
-from cluster.errors import InvalidConfiguration
+from actors.vocabularies import load_tokenizer
+from cluster.errors import InvalidConfiguration, TrimtabError
 
 REPORT_PERIOD_S = 10.0
 POLL_S = 0.5
@@ -51,12 +54,26 @@ class Job:
 
     settings: RunSettings
     examples: Sequence[Example]
-    validation: Sequence[Example]
+    validation: Sequence[EncodedPair]
     data: Sequence[str]
     """What the examples are, for the model card."""
 
     digest: str
     """Of the data: a run is resumed on the same."""
+
+
+class TrainingFailed(Exception):
+    """A worker died or raised; the checkpoints are there to go on from."""
+
+
+def exit_status(program: str, work: Callable[[], None]) -> int:
+    """Do the work and return the process's status: 0, 1 if training stopped on the way, 2 if it was never started."""
+    try:
+        work()
+    except (TrainingFailed, TrimtabError, OSError, RayError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1 if isinstance(error, TrainingFailed) else 2
+    return 0
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +83,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rate", type=float, metavar="R", help="highest rate of a cosine schedule")
     parser.add_argument("--steps", type=int, metavar="N", help="instead of --epochs")
     parser.add_argument(
-        "--micro-batch", type=int, default=32, metavar="N", help="of it, that a worker computes at once"
+        "--micro-batch", type=int, default=32, metavar="N", help="of them, that a worker computes at once, at most (32)"
     )
     parser.add_argument("--checkpoint-every", type=int, default=50, metavar="N", help="steps (50)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed repeats a run (0)")
@@ -114,6 +131,70 @@ def locate(model: str) -> str:
         raise InvalidConfiguration(f"--model: {error}") from error
 
 
+def response_encoder(options: argparse.Namespace) -> ResponseEncoder:
+    """Return the encoder of `--model`'s tokens under the limits that were given.
+
+    Raises:
+        InvalidConfiguration: the model has no tokenizer that can be used.
+    """
+    try:
+        tokenizer = load_tokenizer(options.model)
+    except (OSError, ValueError) as error:
+        raise InvalidConfiguration(f"--model: {options.model!r} cannot be loaded: {error}") from error
+    limits = TokenLimits(max_prompt=options.max_prompt_tokens, max_response=options.max_response_tokens)
+    return ResponseEncoder(tokenizer, limits)
+
+
+def describe_data(source: Pairs | Texts, report: Report) -> list[str]:
+    """Return what the examples are, one fact an item."""
+    return [
+        f"{Path(source.source).name} (SHA-256 {source.digest[:16]}…), {source.num_rows} rows",
+        *(f"{count} rows skipped: {reason}" for reason, count in sorted(source.skipped.items())),
+        *report.lines(),
+    ]
+
+
+def adapter_rank(options: argparse.Namespace, default: int) -> int:
+    """Return the rank of the adapter to train, 0 where all weights are.
+
+    Raises:
+        InvalidConfiguration: it is below 1, or belongs to an adapter and all weights are trained.
+    """
+    if options.full:
+        for name in ("lora_rank", "lora_alpha"):
+            if getattr(options, name, None) is not None:
+                raise InvalidConfiguration(
+                    f"--{name.replace('_', '-')}: --full trains no adapter; leave one of them out"
+                )
+        return 0
+    rank = default if options.lora_rank is None else int(options.lora_rank)
+    if rank < 1:
+        raise InvalidConfiguration(f"--lora-rank: {rank} is less than 1; --full trains all weights")
+    return rank
+
+
+def shared_settings(options: argparse.Namespace, num_examples: int, *, default_rate: float) -> dict[str, Any]:
+    """Return what `RunSettings` of every kind of training take from the options.
+
+    Raises:
+        InvalidConfiguration: the learning rate cannot be.
+    """
+    rate = default_rate if options.learning_rate is None else options.learning_rate
+    if rate <= 0:
+        raise InvalidConfiguration(f"--learning-rate: {rate} is not above 0")
+    return {
+        "model": options.model,
+        "learning_rate": rate,
+        "batch_size": options.batch_size,
+        "micro_batch": options.micro_batch,
+        "num_steps": num_steps(options, num_examples),
+        "seed": options.seed,
+        "dtype": options.dtype,
+        "device": "cuda" if options.gpus_per_worker else "cpu",
+        "checkpoint_every": options.checkpoint_every,
+    }
+
+
 def num_steps(options: argparse.Namespace, num_examples: int) -> int:
     """Return the run's length: `--steps`, or as many as `--epochs` take."""
     if options.steps is not None:
@@ -121,30 +202,30 @@ def num_steps(options: argparse.Namespace, num_examples: int) -> int:
     return max(1, round(options.epochs * num_examples / options.batch_size))
 
 
-def run(job: Job, output: Path, workers: Workers, *, resume: bool) -> dict[str, float]:
+def run(job: Job, options: argparse.Namespace) -> dict[str, float]:
     """Train on the cluster, and return the figures on validation pairs (empty if there were none).
 
     Raises:
-        InvalidConfiguration: the run cannot start, or a worker found a setting that cannot work.
+        InvalidConfiguration: the run cannot start; the output folder is as it was.
         TrainingFailed: a worker died or raised.
     """
-    output = output.resolve()
+    print("\n".join(job.data), file=sys.stderr)
+    output = options.output.resolve()
+    workers = Workers(count=options.workers, cpus=options.cpus_per_worker, gpus=options.gpus_per_worker)
     lengths = [example.length for example in job.examples]
     # What would stop every worker stops here, before any model is loaded.
     job.settings.micro_batch_for(workers.count)
     arrange(lengths, batch_size=job.settings.batch_size, num_steps=1, seed=0)
-    num_done = prepare_output(job, output, resume=resume)
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    cpus = workers.cpus or max(1, ray.cluster_resources().get("CPU", 1) // workers.count)
+    check_room({"CPU": cpus * workers.count, "GPU": workers.gpus * workers.count})
+    num_done = prepare_output(job, output, resume=options.resume)
     with progress(output / LOG, total=job.settings.num_steps, num_done=num_done, file=sys.stderr):
-        _fit(job, output, workers)
+        _fit(job, output, replace(workers, cpus=cpus))
     validation: dict[str, float] = json.loads((output / RESULT).read_text())["validation"]
     log = [json.loads(line) for line in (output / LOG).read_text().splitlines()]
     write_card(output / "README.md", settings=describe(job.settings), data=job.data, log=log, validation=validation)
     return validation
-
-
-class TrainingFailed(Exception):
-    """A worker died or raised; the checkpoints are there to go on from."""
 
 
 def _fit(job: Job, output: Path, workers: Workers) -> None:
@@ -152,8 +233,6 @@ def _fit(job: Job, output: Path, workers: Workers) -> None:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    cpus = workers.cpus or max(1, ray.cluster_resources().get("CPU", 1) // workers.count)
-    check_room({"CPU": cpus * workers.count, "GPU": workers.gpus * workers.count})
     trainer = TorchTrainer(
         _work,
         train_loop_config={
@@ -164,7 +243,7 @@ def _fit(job: Job, output: Path, workers: Workers) -> None:
         scaling_config=ScalingConfig(
             num_workers=workers.count,
             use_gpu=workers.gpus > 0,
-            resources_per_worker={"CPU": cpus, "GPU": workers.gpus} if workers.gpus else {"CPU": cpus},
+            resources_per_worker={"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {}),
         ),
         run_config=RunConfig(name="run", storage_path=str(output / RAY), worker_runtime_env={"env_vars": ALLOCATOR}),
     )
@@ -256,18 +335,26 @@ def progress(log: Path, *, total: int, num_done: int, file: IO[str]) -> Iterator
 def _follow(log: Path, total: int, num_done: int, file: IO[str], is_over: threading.Event) -> None:
     interval_s = 0.5 if file.isatty() else REPORT_PERIOD_S
     with tqdm(total=total, initial=num_done, unit="step", file=file, mininterval=interval_s, dynamic_ncols=True) as bar:
-        num_read = 0
+        position = 0
         while True:
             was_over = is_over.wait(POLL_S)
-            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            steps = [json.loads(line) for line in lines[num_read:] if line.endswith("\n")]
-            num_read += len(steps)
-            newest = next((step for step in reversed(steps) if "loss" in step), None)
+            lines = _read_lines(log, position)
+            position += sum(map(len, lines))
+            newest = next((step for step in map(json.loads, reversed(lines)) if "loss" in step), None)
             if newest is not None:
                 bar.set_postfix_str(_figures(newest), refresh=False)
                 bar.update(newest["step"] - bar.n)
             if was_over:
                 return
+
+
+def _read_lines(log: Path, position: int) -> list[bytes]:
+    """The whole lines from there on; a last one that is being written stays for the next look."""
+    if not log.exists():
+        return []
+    with log.open("rb") as file:
+        file.seek(position)
+        return [line for line in file if line.endswith(b"\n")]
 
 
 def _figures(step: Mapping[str, Any]) -> str:

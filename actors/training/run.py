@@ -17,7 +17,7 @@ from peft.helpers import disable_input_dtype_casting
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from actors.training.derive import add_adapter, cut_layers, merge_adapter, save_adapter
-from actors.training.encoding import arrange
+from actors.training.encoding import EncodedPair, arrange
 from actors.training.trainer import (
     ArmObjective,
     DistillationObjective,
@@ -86,7 +86,7 @@ class RunSettings:
         return max(size for size in range(1, min(share, self.micro_batch) + 1) if share % size == 0)
 
 
-def train(settings: RunSettings, examples: Sequence[Example], validation: Sequence[Example], output: Path) -> None:
+def train(settings: RunSettings, examples: Sequence[Example], validation: Sequence[EncodedPair], output: Path) -> None:
     """Train, or go on from the newest checkpoint under `output`, and leave a model directory there.
 
     Call it in every process of the process group, or in one alone. Worker 0 writes: `model.safetensors` with

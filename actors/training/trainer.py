@@ -150,8 +150,8 @@ class GuideTrainer(Trainer):
         super().log(logs, start_time)
 
     @torch.no_grad()
-    def measure(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Return loss and figures on examples that were not trained on, shared out over the workers."""
+    def measure(self, examples: Sequence[EncodedPair]) -> dict[str, float]:
+        """Return loss, accuracy and margin on pairs that were not trained on, shared out over the workers."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         sums: dict[str, float] = defaultdict(float)
@@ -167,8 +167,7 @@ class GuideTrainer(Trainer):
         names = ["accuracy", "loss", "margin"]
         totals = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.args.device)
         totals = self.accelerator.reduce(totals, "sum")
-        means = dict(zip(names, (totals / len(examples)).tolist(), strict=True))
-        return {name: mean for name, mean in means.items() if name in sums or self.args.world_size > 1}
+        return dict(zip(names, (totals / len(examples)).tolist(), strict=True))
 
 
 class LogFile(TrainerCallback):

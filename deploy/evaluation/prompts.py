@@ -1,6 +1,5 @@
 """The held-out prompts of an evaluation, and the seeds of their answers."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from pydantic import ValidationError, model_validator
 from actors.coordinator.request import ChatMessage, Text
 from actors.settings import Settings
 from cluster.errors import InvalidConfiguration
+from deploy.batch_lines import derive_seed
 from deploy.evaluation.plan import Plan
 
 MIN_PROMPTS = 2
@@ -47,8 +47,7 @@ class Prompt:
 
     def seed(self, sample: int) -> int:
         """Return the seed of its answer number `sample`: the same in every row, whatever other prompts there are."""
-        digest = hashlib.sha256(f"{sample}:{json.dumps(self.content)}".encode()).digest()
-        return int.from_bytes(digest[:8]) >> 11  # 53 bits: every JSON reader keeps them
+        return derive_seed(f"{sample}:{json.dumps(self.content)}")
 
 
 def read_prompts(plan: Plan) -> list[Prompt]:

@@ -68,6 +68,7 @@ def test_the_report_says_what_was_kept_and_what_was_not(model: str, data: Callab
         (["--beta", "0"], "--beta: 0.0 is not above 0"),
         (["--loss", "dpo", "--margin", "1"], "belong to --loss arm"),
         (["--lora-rank", "0"], "--full trains all weights"),
+        (["--full", "--lora-alpha", "4"], "--lora-alpha: --full trains no adapter"),
         (["--learning-rate", "-1"], "--learning-rate: -1.0"),
         (["--batch-size", "0"], "--batch-size: 0 is not above 0"),
         (["--epochs", "0"], "--epochs: 0.0 is not above 0"),
