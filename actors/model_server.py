@@ -9,19 +9,18 @@ import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray import serve
 
-from actors.engine import Engine, Work
+from actors.engine import Engine, Schedule, Task, gather_rows
 from actors.leases import BaseDescription, Lease, LeaseRequest, Refusal
 from actors.prompts import PromptEncoder
 from actors.settings import BaseModelSettings
-from cluster import exchange
-from cluster.errors import DeadlineExceeded, EngineError, InvalidRequest, ReplicaLost, TrimtabError
-from cluster.exchange import Failure, Step, StepRows, StepServer
+from cluster.errors import DeadlineExceeded, EngineError, InvalidRequest, Preempted, ReplicaLost, TrimtabError
+from cluster.exchange import Failure, Step, StepRows, StepServer, Work
 
 ATTACH_TIMEOUT_S = 15.0
 """A lease whose coordinator has not opened its stream by then ends; longer than a coordinator tries."""
@@ -32,24 +31,43 @@ HANG_S = 120.0
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class _Waiting:
-    """A step message that waits for the engine."""
+@dataclass(slots=True, eq=False)
+class _Message:
+    """A step message that is being answered."""
 
     coordinator: str
     step: Step
-    rows: "asyncio.Future[StepRows]"
+    answer: "asyncio.Future[StepRows]"
+    tasks: list[Task] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    num_left: int = 0
+    """Tasks that are not done yet."""
+
+    def rows(self, engine: Engine) -> StepRows:
+        """What answers it, once all tasks are done."""
+        return StepRows(gather_rows(self.tasks, engine), self.failures)
 
 
 class ModelServer:
     """Serves one engine to any number of coordinators.
 
-    All step messages that wait when the engine is free share its next forward pass. The engine runs in a thread of its
-    own; everything else belongs to the event loop of the caller.
+    All step messages that wait when the engine is free share its next forward passes, and each is answered as soon as
+    all of its work is done. The engine and its schedule live in a thread of their own; everything else belongs to the
+    event loop of the caller.
     """
 
-    def __init__(self, engine: Engine, encoder: PromptEncoder, *, replica: str, host: str, max_rows: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        encoder: PromptEncoder,
+        *,
+        replica: str,
+        host: str,
+        max_rows: int,
+        max_prompt_tokens_per_step: int = 256,
+    ) -> None:
         self.engine = engine
+        self.schedule = Schedule(engine, max_prompt_tokens=max_prompt_tokens_per_step)
         self.description: BaseDescription | None = None
         """Of a base, for coordinators."""
         self.base_vocabulary = ""
@@ -62,9 +80,10 @@ class ModelServer:
         self._starting = asyncio.Lock()
         self._loop: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        self._prompts: dict[str, Sequence[int]] = {}
-        self._open: set[str] = set()
-        self._waiting: list[_Waiting] = []
+        self._leases: set[str] = set()
+        self._arrived: list[_Message] = []
+        self._messages: dict[Task, _Message] = {}
+        self._answerable: list[_Message] = []
         self._wake = asyncio.Event()
         self._busy_since: float | None = None
 
@@ -76,13 +95,19 @@ class ModelServer:
             dtype=settings.torch_dtype,
             max_sequences=settings.max_sequences,
             max_context=settings.max_context,
+            cache_tokens=settings.cache_tokens,
             threads=settings.threads or len(os.sched_getaffinity(0)),
             device=settings.device,
         )
         replica = serve.get_replica_context().replica_id.to_full_id_str()
         encoder = PromptEncoder(tokenizer, settings.prompt_template)
         server = cls(
-            engine, encoder, replica=replica, host=ray.util.get_node_ip_address(), max_rows=settings.max_sequences
+            engine,
+            encoder,
+            replica=replica,
+            host=ray.util.get_node_ip_address(),
+            max_rows=settings.max_sequences,
+            max_prompt_tokens_per_step=settings.max_prompt_tokens_per_step,
         )
         server.base_vocabulary = base_vocabulary
         return server
@@ -122,7 +147,7 @@ class ModelServer:
             yield Refusal(message=error.message, field=error.field)
             return
         key = _key(request.coordinator, request.sequence)
-        self._prompts[key] = tokens
+        self._leases.add(key)
         try:
             yield Lease(
                 replica=self._replica,
@@ -151,88 +176,116 @@ class ModelServer:
 
     async def step(self, coordinator: str, step: Step) -> StepRows:
         """Run a coordinator's step beside whatever else waits (`StepHandler`)."""
-        waiting = _Waiting(coordinator, step, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
+        message = _Message(coordinator, step, asyncio.get_running_loop().create_future())
+        self._arrived.append(message)
         self._wake.set()
-        return await waiting.rows
+        return await message.answer
 
     async def detach(self, coordinator: str) -> None:
         """Free all that a coordinator held (`StepHandler`)."""
-        for key in [key for key in self._prompts if key.startswith(_key(coordinator, ""))]:
+        for key in [key for key in self._leases if key.startswith(_key(coordinator, ""))]:
             self._release(key)
 
     def _release(self, key: str) -> None:
-        if self._prompts.pop(key, None) is not None:
+        if key in self._leases:
+            self._leases.remove(key)
             self._thread.submit(self._close, key)
-
-    def _close(self, key: str) -> None:
-        """Close a sequence if it is open (in the engine's thread, like all that touches `_open`)."""
-        if key in self._open:
-            self._open.remove(key)
-            self.engine.close(key)
+            self._wake.set()
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._wake.wait()
+            if not self._messages:
+                await self._wake.wait()
             self._wake.clear()
-            batch, self._waiting = self._waiting, []
+            arrived, self._arrived = self._arrived, []
             self._busy_since = time.monotonic()
             try:
-                results = await loop.run_in_executor(self._thread, self._compute, batch)
+                for message in await loop.run_in_executor(self._thread, self._compute, arrived):
+                    if not message.answer.done():
+                        message.answer.set_result(message.rows(self.engine))
             except Exception as error:
                 logger.exception("a step failed")
-                for waiting in batch:
-                    if not waiting.rows.done():
-                        waiting.rows.set_exception(TrimtabError(f"the model's step failed: {error!r}"))
-                continue
+                for message in await loop.run_in_executor(self._thread, self._give_up, arrived):
+                    if not message.answer.done():
+                        message.answer.set_exception(TrimtabError(f"the model's step failed: {error!r}"))
             finally:
                 self._busy_since = None
-            for waiting, rows in zip(batch, results, strict=True):
-                if not waiting.rows.done():
-                    waiting.rows.set_result(rows)
 
-    def _compute(self, batch: Sequence[_Waiting]) -> list[StepRows]:
-        """Run the work of several step messages in one forward pass (in the engine's thread)."""
-        failures: list[list[Failure]] = []
-        work: list[list[Work]] = []
-        taken: set[str] = set()
-        for waiting in batch:
-            failures.append([])
-            work.append([])
-            for item in waiting.step.work:
-                try:
-                    work[-1].append(self._prepare(_key(waiting.coordinator, item.sequence), item, taken))
-                except (EngineError, ReplicaLost) as error:
-                    failures[-1].append(Failure(item.sequence, type(error).__name__, str(error)))
-        rows = self.engine.step([item for items in work for item in items])
-        results = []
-        for items, failed in zip(work, failures, strict=True):
-            num_rows = sum(len(item.rows) for item in items)
-            results.append(StepRows(rows[:num_rows], failed))
-            rows = rows[num_rows:]
-        return results
+    def _compute(self, arrived: Sequence[_Message]) -> list[_Message]:
+        """Take messages in, run a forward pass, and return the messages that can be answered (in the engine's thread,
+        like all that it calls).
+        """
+        for message in arrived:
+            self._take(message)
+        if self.schedule.has_tasks:
+            for task in self.schedule.run():
+                message = self._messages.pop(task)
+                if task.is_preempted:
+                    self._fail(message, task, Preempted("its room was needed; send all its tokens again"))
+                else:
+                    self._finish(message)
+        answerable, self._answerable = self._answerable, []
+        return answerable
 
-    def _prepare(self, key: str, item: exchange.Work, taken: set[str]) -> Work:
-        """Bring a sequence to the length that the coordinator believes it has, opening it if need be.
+    def _give_up(self, arrived: Sequence[_Message]) -> list[_Message]:
+        """Drop all work, and return the messages that it was for."""
+        messages = dict.fromkeys([*arrived, *self._messages.values(), *self._answerable])
+        self.schedule.drop_tasks()
+        self._messages.clear()
+        self._answerable.clear()
+        return list(messages)
+
+    def _take(self, message: _Message) -> None:
+        """Turn a message's work into tasks."""
+        for item in message.step.work:
+            try:
+                task = self._schedule(_key(message.coordinator, item.sequence), item)
+            except (EngineError, Preempted, ReplicaLost) as error:
+                message.failures.append(Failure(item.sequence, type(error).__name__, str(error)))
+            else:
+                message.tasks.append(task)
+                self._messages[task] = message
+        message.num_left = len(message.tasks)
+        if message.num_left == 0:
+            self._answerable.append(message)
+
+    def _fail(self, message: _Message, task: Task, error: TrimtabError) -> None:
+        """Note that one of a message's tasks will not be done."""
+        message.tasks.remove(task)
+        sequence = task.sequence.removeprefix(_key(message.coordinator, ""))
+        message.failures.append(Failure(sequence, type(error).__name__, str(error)))
+        self._finish(message)
+
+    def _finish(self, message: _Message) -> None:
+        """Note that one of a message's tasks is done or given up."""
+        message.num_left -= 1
+        if message.num_left == 0:
+            self._answerable.append(message)
+
+    def _schedule(self, key: str, item: Work) -> Task:
+        """Add a task for an item, opening its sequence if need be.
 
         Raises:
             EngineError: the engine would refuse the item, and with it everybody else's.
+            Preempted: the replica no longer holds the tokens before the item's.
             ReplicaLost: the sequence's lease has ended.
         """
-        prompt = self._prompts.get(key)
-        if prompt is None:
+        if key not in self._leases:
             raise ReplicaLost(f"sequence {item.sequence!r} has no lease on {self._replica}")
-        if key not in self._open:
-            self.engine.open(key, prompt)
-            self._open.add(key)
-        if key in taken:
-            raise EngineError(f"sequence {item.sequence!r} has a step under way; wait for its rows first")
-        self.engine.truncate(key, item.length)
-        work = Work(key, item.tokens, item.rows)
-        self.engine.check(work)
-        taken.add(key)
-        return work
+        if not self.schedule.is_open(key):
+            self.schedule.open(key)
+        task = Task(key, item.length, item.tokens, item.rows)
+        self.schedule.add(task)
+        return task
+
+    def _close(self, key: str) -> None:
+        """Close a sequence if it is open; a message that waits for it is answered with its failure."""
+        if not self.schedule.is_open(key):
+            return
+        self.schedule.close(key)
+        for task in [task for task in self._messages if task.sequence == key]:
+            self._fail(self._messages.pop(task), task, ReplicaLost("its lease has ended"))
 
 
 def _key(coordinator: str, sequence: str) -> str:

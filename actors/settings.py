@@ -57,6 +57,13 @@ class BaseModelSettings(Settings):
     max_context: int = Field(default=2048, ge=2)
     """Tokens per sequence, prompt and output together."""
 
+    cache_tokens: int | None = Field(default=None, ge=1)
+    """Tokens that the cache, which is allocated at start, holds of all sequences together; 16,384, or `max_context` if
+    that is more. Where it runs short, the youngest wait and are computed again."""
+
+    max_prompt_tokens_per_step: int = Field(default=256, ge=1)
+    """Longer prompts are taken in chunks of this size beside the sequences that are decoding."""
+
     threads: int | None = Field(default=None, ge=1)
     """CPU threads for the model's operations; one for each core if absent."""
 
@@ -108,9 +115,6 @@ class Limits(Settings):
 
     max_open_requests: int = Field(default=1000, ge=1)
     """Per coordinator, those that wait for room included; what comes beyond is refused (HTTP 429)."""
-
-    max_prompt_tokens_per_step: int = Field(default=256, ge=1)
-    """Longer prompts are taken in chunks of this size beside the sequences that are decoding."""
 
 
 class CoordinatorSettings(Settings):

@@ -7,6 +7,7 @@ TrimtabError
 ├── Overloaded               no room for another sequence at present; try again later (HTTP 429)
 ├── ReplicaLost              a model replica died, hung or cannot be had (HTTP 503)
 ├── DeadlineExceeded         the request's own time is over (HTTP 504)
+├── Preempted                a replica gave a sequence's tokens up for room; the coordinator sends them again
 └── EngineError              a sequence cannot take the step it was asked to take; always a defect of the caller
 
 All of them survive pickling, so that Ray can carry them between processes.
@@ -47,6 +48,10 @@ class ReplicaLost(TrimtabError):
 
 class DeadlineExceeded(TrimtabError):
     """A request or a step took longer than it was given."""
+
+
+class Preempted(TrimtabError):
+    """A replica gave the tokens of a sequence up, because it needed their room."""
 
 
 class EngineError(TrimtabError):

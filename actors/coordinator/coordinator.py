@@ -13,6 +13,7 @@ from actors.coordinator.replicas import Replicas
 from actors.coordinator.request import Generation, parse_request
 from actors.coordinator.sequence import LiveSequence, Piece, Voice
 from actors.coordinator.text import TextWriter
+from actors.guidance.drawing import warm_up
 from actors.leases import BaseDescription, Lease, LeaseRequest
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
 from cluster.errors import DeadlineExceeded, InvalidConfiguration, InvalidRequest, Overloaded
@@ -29,6 +30,7 @@ class Coordinator:
     """
 
     def __init__(self, settings: CoordinatorSettings) -> None:
+        warm_up()
         self._id = uuid.uuid4().hex
         self._limits = settings.limits
         self._guidance = GuidanceSettings()

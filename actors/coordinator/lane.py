@@ -4,13 +4,11 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-import torch
-
-from actors.coordinator.plan import Chunk, plan_step
-from actors.coordinator.sequence import LiveSequence, Replica
-from actors.guidance import draw, merge
+from actors.coordinator.plan import Message, Part, plan_step
+from actors.coordinator.sequence import LiveSequence
+from actors.guidance import drawing
 from actors.settings import Limits
-from cluster.errors import DeadlineExceeded, EngineError, ReplicaLost, TrimtabError
+from cluster.errors import DeadlineExceeded, EngineError, Preempted, ReplicaLost, TrimtabError
 from cluster.exchange import Rows
 
 PATIENCE_S = 0.25
@@ -23,7 +21,7 @@ class Lane:
     """Steps its sequences together: one that arrives joins at the next step, one that ends leaves at once.
 
     A sequence whose rows are late is left out of a step and joins a later one, so that a replica that hangs holds up
-    only the sequences that use it.
+    only the sequences that use it. Prompts fly apart from the steps: a sequence joins when all its voices have read it.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -70,8 +68,7 @@ class Lane:
 
     async def _step(self) -> None:
         self._arrival.clear()
-        plan = plan_step(self._sequences, self._limits.max_prompt_tokens_per_step)
-        flights = self._scatter(plan)
+        flights = self._scatter(plan_step(self._sequences))
         # Two turns of the event loop: into the streams' queues, and out of them.
         for _ in range(2):
             await asyncio.sleep(0)
@@ -83,48 +80,58 @@ class Lane:
             self._commit(ready, tokens)
         self._release_rows()
 
-    def _scatter(self, plan: dict[Replica, list[Chunk]]) -> set[asyncio.Task[None]]:
-        """Send every replica its part; all of them run at once."""
-        flights = {asyncio.create_task(self._fly(replica, chunks)) for replica, chunks in plan.items()}
-        self._flights |= flights
-        for flight in flights:
+    def _scatter(self, messages: Sequence[Message]) -> set[asyncio.Task[None]]:
+        """Send every replica its part; all of them run at once. Returns the flights that the step waits for."""
+        step = set()
+        for message in messages:
+            flight = asyncio.create_task(self._fly(message))
+            self._flights.add(flight)
             flight.add_done_callback(self._flights.discard)
-        return flights
+            if not message.is_prompt:
+                step.add(flight)
+        return step
 
-    async def _fly(self, replica: Replica, chunks: Sequence[Chunk]) -> None:
+    async def _fly(self, message: Message) -> None:
         """Carry one step message there and its rows back."""
-        work = [chunk.work() for chunk in chunks]
-        for chunk in chunks:
-            chunk.voice.num_sent += chunk.num_tokens
-            chunk.voice.in_flight = True
+        work = [part.work() for part in message.parts]
+        for part in message.parts:
+            part.voice.num_sent = len(part.voice.tokens)
+            part.voice.in_flight = True
+        # A prompt waits for its turn and takes many passes: its limit is the request's own.
+        timeout_s = self._limits.deadline_s if message.is_prompt else self._limits.step_timeout_s
         try:
-            rows = await replica.step(work, timeout_s=self._limits.step_timeout_s)
-            self._land(chunks, rows)
+            rows = await message.replica.step(work, timeout_s=timeout_s, inline=message.is_prompt)
+            self._land(message.parts, rows)
         except (ReplicaLost, DeadlineExceeded) as error:
-            for chunk in chunks:
-                chunk.sequence.fail(ReplicaLost(f"{chunk.voice.name} was lost while it was writing: {error}"))
+            for part in message.parts:
+                part.sequence.fail(ReplicaLost(f"{part.voice.name} was lost while it was writing: {error}"))
         except Exception as error:
             logger.exception("a step message failed")
-            for chunk in chunks:
-                chunk.sequence.fail(TrimtabError(f"a step of {chunk.voice.name} failed: {error}"))
+            for part in message.parts:
+                part.sequence.fail(TrimtabError(f"a step of {part.voice.name} failed: {error}"))
         finally:
-            for chunk in chunks:
-                chunk.voice.in_flight = False
+            for part in message.parts:
+                part.voice.in_flight = False
 
-    def _land(self, chunks: Sequence[Chunk], rows: Rows) -> None:
+    def _land(self, parts: Sequence[Part], rows: Rows) -> None:
         """Hand rows that have come to their voices."""
-        if not any(chunk.sequence.is_live for chunk in chunks):
+        if not any(part.sequence.is_live for part in parts):
             rows.release()
             return
         self._landed.append(rows)
         failures = {failure.sequence: failure for failure in rows.failures}
-        for chunk in chunks:
-            if failure := failures.get(chunk.sequence.key):
-                kind = ReplicaLost if failure.kind == ReplicaLost.__name__ else EngineError
-                chunk.sequence.fail(kind(f"{chunk.voice.name} could not take a step: {failure.message}"))
-        completing = [chunk for chunk in chunks if chunk.completes and chunk.sequence.key not in failures]
-        for chunk, row in zip(completing, rows.tensor, strict=True):
-            chunk.voice.row = row
+        for part in parts:
+            failure = failures.get(part.sequence.key)
+            if failure is None:
+                continue
+            if failure.kind == Preempted.__name__:
+                part.voice.num_sent = 0
+                continue
+            kind = ReplicaLost if failure.kind == ReplicaLost.__name__ else EngineError
+            part.sequence.fail(kind(f"{part.voice.name} could not take a step: {failure.message}"))
+        completed = [part for part in parts if part.sequence.key not in failures]
+        for part, row in zip(completed, rows.tensor, strict=True):
+            part.voice.row = row
 
     def _write(self) -> None:
         """Turn the last step's tokens into text while the models compute."""
@@ -145,7 +152,7 @@ class Lane:
             elapsed_s = asyncio.get_running_loop().time() - start
             if late:
                 await asyncio.wait(late, timeout=2 * elapsed_s + PATIENCE_S)
-        elif self._sequences:
+        elif self._sequences and not any(sequence.can_draw for sequence in self._sequences):
             arrival = asyncio.create_task(self._arrival.wait())
             await asyncio.wait({arrival, *self._flights}, return_when=asyncio.FIRST_COMPLETED)
             arrival.cancel()
@@ -174,12 +181,12 @@ class Lane:
             self._landed.clear()
 
 
-@torch.inference_mode()
 def merge_and_draw(sequences: Sequence[LiveSequence]) -> list[int | None]:
     """Return the next token of each sequence, from the rows of all its voices; None where they hold NaN or no best."""
-    z_BV = merge([sequence.base_row() for sequence in sequences], [sequence.guidance() for sequence in sequences])
-    samplings = [sequence.sampling for sequence in sequences]
-    positions = [len(sequence.output) for sequence in sequences]
-    tokens = draw(z_BV, samplings, positions, [0] * len(sequences)).tolist()
-    are_finite = z_BV.amax(dim=-1).isfinite().tolist()
-    return [token if is_finite else None for token, is_finite in zip(tokens, are_finite, strict=True)]
+    return drawing.merge_and_draw(
+        [sequence.base_row() for sequence in sequences],
+        [sequence.guidance() for sequence in sequences],
+        [sequence.sampling for sequence in sequences],
+        [len(sequence.output) for sequence in sequences],
+        [0] * len(sequences),
+    )

@@ -1,4 +1,4 @@
-"""Which sequences run in the next step, with how many tokens each. Decides only; sends nothing."""
+"""Which sequences run in the next step, in which messages. Decides only; sends nothing."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -9,44 +9,43 @@ from cluster.exchange import Work
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class Part:
     """One voice's part in a step."""
 
     sequence: LiveSequence
     voice: Voice
-    num_tokens: int
-    completes: bool
-    """Whether the replica then holds every token, so that its row is wanted."""
 
     def work(self) -> Work:
-        """The step message's item for it."""
-        start = self.voice.num_sent
-        return Work(
-            sequence=self.sequence.key,
-            length=start,
-            tokens=self.voice.tokens[start : start + self.num_tokens],
-            rows=(self.num_tokens - 1,) if self.completes else (),
-        )
+        """The step message's item for it: all tokens that its replica lacks, and the row after the last of them."""
+        tokens = self.voice.tokens[self.voice.num_sent :]
+        return Work(self.sequence.key, self.voice.num_sent, tokens, rows=(len(tokens) - 1,))
 
 
-def plan_step(sequences: Iterable[LiveSequence], max_prompt_tokens: int) -> dict[Replica, list[Chunk]]:
-    """Return what each replica is to do next.
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What is sent to a replica at once, and answered at once."""
 
-    Every voice that only lacks the last drawn token runs. Prompts share `max_prompt_tokens` per replica, first come
-    first served, so that a long one holds up its neighbours by no more than that.
+    replica: Replica
+    parts: list[Part]
+    is_prompt: bool
+    """Whether it may take the replica several passes, for which nobody else waits."""
+
+
+def plan_step(sequences: Iterable[LiveSequence]) -> list[Message]:
+    """Return what is to be sent.
+
+    Voices that only lack the last drawn token share a message to their replica. Those that lack more, at the beginning
+    or after the replica gave their tokens up, have one each: their replica takes them in chunks beside the others.
     """
-    chunks: defaultdict[Replica, list[Chunk]] = defaultdict(list)
-    room: defaultdict[Replica, int] = defaultdict(lambda: max_prompt_tokens)
+    prompts: list[Message] = []
+    decoding: defaultdict[Replica, list[Part]] = defaultdict(list)
     for sequence in sequences:
         for voice in sequence.voices:
             if not sequence.is_live or voice.in_flight or voice.num_pending == 0:
                 continue
-            num_tokens = voice.num_pending
-            if num_tokens > 1:
-                num_tokens = min(num_tokens, room[voice.replica])
-                room[voice.replica] -= num_tokens
-            if num_tokens > 0:
-                chunks[voice.replica].append(
-                    Chunk(sequence, voice, num_tokens, completes=num_tokens == voice.num_pending)
-                )
-    return dict(chunks)
+            part = Part(sequence, voice)
+            if voice.num_pending > 1:
+                prompts.append(Message(voice.replica, [part], is_prompt=True))
+            else:
+                decoding[voice.replica].append(part)
+    return [*(Message(replica, parts, is_prompt=False) for replica, parts in decoding.items()), *prompts]

@@ -35,8 +35,8 @@ class Piece(TypedDict):
 class Replica(Protocol):
     """Where a voice's model runs: in service, a `cluster.exchange.StepStream`."""
 
-    async def step(self, work: Sequence[Work], *, timeout_s: float) -> Rows:
-        """Run one step; `Rows` are in the order of `work`."""
+    async def step(self, work: Sequence[Work], *, timeout_s: float, inline: bool = False) -> Rows:
+        """Run one step; `Rows` are in the order of `work`. `inline` leaves the shared memory to others."""
         ...
 
 

@@ -1,6 +1,6 @@
 """One layer's keys and values, allocated once for all sequences.
 
-Shapes: S slots, K key-value heads, C positions of a slot, D key width, E value width, N tokens of a step.
+Shapes: P positions of all blocks together, K key-value heads, D key width, E value width, N tokens of a step.
 """
 
 from dataclasses import dataclass
@@ -16,33 +16,38 @@ class LayerCache:
     """The cache of one attention layer."""
 
     keys: Tensor
-    """[S, K, C, D]"""
+    """[P, K, D]"""
 
     values: Tensor
-    """[S, K, C, E]"""
+    """[P, K, E]"""
 
     window: int | None
     """How many positions a token sees, itself included; none for all."""
 
     @classmethod
-    def allocate(cls, layer: Layer, num_slots: int, num_positions: int) -> "LayerCache":
-        """Allocate a layer's cache; sliding layers get all positions too, so that rolling back stays free."""
+    def allocate(cls, layer: Layer, num_positions: int) -> "LayerCache":
+        """Allocate a layer's cache, all of it at once; sliding layers get all positions too, so that rolling back
+        stays free.
+        """
 
         def zeros(width: int) -> Tensor:
-            shape = (num_slots, layer.num_heads, num_positions, width)
-            return torch.zeros(shape, dtype=layer.dtype, device=layer.device)
+            shape = (num_positions, layer.num_heads, width)
+            # Written, not merely promised: memory that is missing is missed now, not under load.
+            return torch.empty(shape, dtype=layer.dtype, device=layer.device).zero_()
 
         return cls(zeros(layer.key_width), zeros(layer.value_width), layer.window)
 
-    def write(self, key: Tensor, value: Tensor, slots_N: Tensor, positions_N: Tensor) -> None:
+    def write(self, key: Tensor, value: Tensor, positions_N: Tensor) -> None:
         """Write keys [1, K, N, D] and values [1, K, N, E] of a step's tokens to where they belong."""
-        self.keys[slots_N, :, positions_N] = key[0].transpose(0, 1)
-        self.values[slots_N, :, positions_N] = value[0].transpose(0, 1)
+        self.keys[positions_N] = key[0].transpose(0, 1)
+        self.values[positions_N] = value[0].transpose(0, 1)
 
-    def clear(self, slot: int, length: int) -> None:
-        """Zero the first positions of a slot.
+    def copy(self, sources_N: Tensor, targets_N: Tensor) -> None:
+        """Copy keys and values from positions to others."""
+        self.keys[targets_N] = self.keys[sources_N]
+        self.values[targets_N] = self.values[sources_N]
 
-        Masked positions are multiplied by zero, which leaves nothing of them unless they are infinite or NaN.
-        """
-        self.keys[slot, :, :length].zero_()
-        self.values[slot, :, :length].zero_()
+    @property
+    def num_bytes(self) -> int:
+        """Memory of keys and values."""
+        return self.keys.nbytes + self.values.nbytes

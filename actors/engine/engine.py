@@ -1,11 +1,10 @@
-"""Sequences over one model: which are open, how long they are, in which slot of the cache they lie.
+"""Sequences over one model: which are open, how long they are, in which blocks of the cache they lie.
 
 Called from one thread; knows nothing of other threads, Ray or asyncio.
 
 Shapes: R asked rows, V vocabulary.
 """
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.engine.attention import attending
+from actors.engine.blocks import BlockPool, BlockTable, Copy
 from actors.engine.cache import LayerCache
 from actors.engine.fingerprint import fingerprint
 from actors.engine.inspection import inspect_model, model_name
@@ -22,15 +22,24 @@ from actors.engine.plan import PlacedWork, StepPlan, Work
 from actors.engine.verification import verify
 from cluster.errors import EngineError, InvalidConfiguration
 
+BLOCK_SIZE = 16
+"""Positions of a block."""
+
+DEFAULT_CACHE_TOKENS = 16_384
+
 
 @dataclass(slots=True)
-class _Sequence:
-    slot: int
-    length: int = 0
-    """Tokens in the cache."""
+class Counters:
+    """What an engine has done since it started."""
 
-    num_used: int = 0
-    """Positions of the slot that were ever written for it."""
+    num_computed_tokens: int = 0
+    """Tokens that went through the model, rejected drafts and replays included."""
+
+    num_reused_tokens: int = 0
+    """Tokens that were found in the cache instead."""
+
+    num_rows: int = 0
+    num_steps: int = 0
 
 
 class Engine:
@@ -49,35 +58,43 @@ class Engine:
     """Of the model: engines with equal fingerprints compute the same."""
 
     max_sequences: int
-    """Slots: sequences that can be open at once."""
+    """Sequences that can be open at once."""
 
     max_context: int
-    """Positions of a slot: tokens that a sequence can hold."""
+    """Tokens that a sequence can hold."""
 
-    def __init__(self, model: PreTrainedModel, *, max_sequences: int, max_context: int) -> None:
+    counters: Counters
+
+    def __init__(
+        self, model: PreTrainedModel, *, max_sequences: int, max_context: int, cache_tokens: int | None = None
+    ) -> None:
         """Take a model over: its attention is the engine's from now on. Allocates the whole cache.
 
         Raises:
             InvalidConfiguration: a limit that cannot be, or a model that the engine cannot run.
         """
-        _check_limits(model, max_sequences, max_context)
+        cache_tokens = max(DEFAULT_CACHE_TOKENS, max_context) if cache_tokens is None else cache_tokens
+        _check_limits(model, max_sequences, max_context, cache_tokens)
         model.eval().requires_grad_(False)
         inspection = inspect_model(model, max_context)
         self._model = model
+        self._pool = BlockPool(-(-cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
+        # Block 0 is nobody's.
+        num_positions = (self._pool.num_blocks + 1) * BLOCK_SIZE
         self._caches = {
-            module: LayerCache.allocate(layer, max_sequences, max_context)
-            for module, layer in inspection.layers.items()
+            module: LayerCache.allocate(layer, num_positions) for module, layer in inspection.layers.items()
         }
-        self._sequences: dict[str, _Sequence] = {}
-        # A heap: the lowest free slot is taken first, so that open sequences lie side by side and attend together.
-        self._free_slots = list(range(max_sequences))
+        self._tables: dict[str, BlockTable] = {}
         self.vocabulary_size = inspection.num_columns
         self.num_token_ids = model.get_input_embeddings().weight.shape[0]
         self.dtype = model.dtype
         self.fingerprint = fingerprint(model)
         self.max_sequences = max_sequences
         self.max_context = max_context
+        self.counters = Counters()
         verify(self, model)
+        self._pool.forget()
+        self.counters = Counters()
 
     @classmethod
     def load(
@@ -87,6 +104,7 @@ class Engine:
         dtype: torch.dtype,
         max_sequences: int,
         max_context: int,
+        cache_tokens: int | None = None,
         threads: int | None = None,
         device: str | torch.device = "cpu",
     ) -> "Engine":
@@ -97,6 +115,7 @@ class Engine:
             dtype: float32, bfloat16 or float16, of weights, cache and rows.
             max_sequences: how many can be open at once.
             max_context: how many tokens one can hold.
+            cache_tokens: how many all sequences together can hold; 16,384 or `max_context` if absent.
             threads: processor threads of this whole process; none leaves them as they are.
             device: where the model computes.
 
@@ -108,27 +127,58 @@ class Engine:
                 raise InvalidConfiguration(f"threads: {threads} is less than 1; leave it out to use all cores")
             torch.set_num_threads(threads)
         loaded = load_model(model, dtype=dtype, device=device)
-        return cls(loaded, max_sequences=max_sequences, max_context=max_context)
+        return cls(loaded, max_sequences=max_sequences, max_context=max_context, cache_tokens=cache_tokens)
 
-    def open(self, sequence: str, tokens: Sequence[int]) -> int:
-        """Open a sequence, known to begin with `tokens`; nothing is computed yet.
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of all keys and values."""
+        return sum(cache.num_bytes for cache in self._caches.values())
 
-        Returns:
-            How many of the leading tokens are in the cache already and need not be sent to `step`.
+    def open(self, sequence: str) -> None:
+        """Open an empty sequence.
 
         Raises:
-            EngineError: it is open already, no slot is free, or the tokens do not fit the model or its cache.
+            EngineError: it is open already, or too many are.
         """
-        if sequence in self._sequences:
+        if sequence in self._tables:
             raise EngineError(f"sequence {sequence!r} is open already; close it first")
-        self._check_tokens(sequence, tokens, 0)
-        if not self._free_slots:
+        if len(self._tables) >= self.max_sequences:
             raise EngineError(
-                f"sequence {sequence!r} finds no free slot: all {self.max_sequences} sequences are in use; "
+                f"sequence {sequence!r} finds no room: all {self.max_sequences} sequences are in use; "
                 "close one first, or raise max_sequences"
             )
-        self._sequences[sequence] = _Sequence(slot=heapq.heappop(self._free_slots))
-        return 0
+        self._tables[sequence] = BlockTable()
+
+    def reuse(self, sequence: str, tokens: Sequence[int]) -> int:
+        """Append what the cache holds already of the tokens that follow, without computing anything.
+
+        Returns:
+            How many of the leading tokens that were; they need not be sent to `step`.
+
+        Raises:
+            EngineError: it is not open, or the tokens do not fit the model or its context.
+        """
+        table = self._table(sequence)
+        self._check_tokens(sequence, tokens, table.length)
+        num_tokens, copies = self._pool.reuse(table, tokens)
+        self._copy(copies)
+        self.counters.num_reused_tokens += num_tokens
+        return num_tokens
+
+    def reserve(self, sequence: str, num_tokens: int) -> bool:
+        """Make room in the cache for so many more tokens of a sequence, until it is truncated or closed.
+
+        Returns:
+            Whether there was enough; `step` refuses what does not fit.
+
+        Raises:
+            EngineError: it is not open.
+        """
+        copies = self._pool.reserve(self._table(sequence), num_tokens)
+        if copies is None:
+            return False
+        self._copy(copies)
+        return True
 
     @torch.inference_mode()
     def step(self, work: Sequence[Work]) -> Tensor:
@@ -149,10 +199,8 @@ class Engine:
             self.check(item)
         if not work:
             return torch.empty(0, self.vocabulary_size, dtype=self.dtype, device=self._model.device)
-        open_work = [(item, self._sequences[item.sequence]) for item in work]
-        for item, open_sequence in open_work:
-            open_sequence.num_used = max(open_sequence.num_used, open_sequence.length + len(item.tokens))
-        placed = [PlacedWork(item, open_sequence.slot, open_sequence.length) for item, open_sequence in open_work]
+        self._reserve_all(work)
+        placed = [PlacedWork(item, self._places(self._tables[item.sequence], len(item.tokens))) for item in work]
         plan = StepPlan(placed, self._caches, self._model.device)
         with attending(plan):
             output = self._model(
@@ -162,17 +210,24 @@ class Engine:
                 logits_to_keep=plan.rows_R,
             )
         logits: Tensor = output.logits[0].to(self.dtype)
-        for item, open_sequence in open_work:
-            open_sequence.length += len(item.tokens)
+        for item in work:
+            self._pool.commit(self._tables[item.sequence], item.tokens)
+        self.counters.num_steps += 1
+        self.counters.num_rows += len(logits)
+        self.counters.num_computed_tokens += len(plan.tokens_N)
         return logits
 
-    def check(self, item: Work) -> None:
+    def check(self, item: Work, length: int | None = None) -> None:
         """Check that a sequence can take its part of a step, so that it spoils no other's.
+
+        Args:
+            item: its part.
+            length: how many tokens it will hold by then; those that it holds now if absent.
 
         Raises:
             EngineError: it cannot; `step` would refuse the whole step.
         """
-        length = self._sequence(item.sequence).length
+        length = self.length(item.sequence) if length is None else length
         if not item.tokens:
             raise EngineError(f"sequence {item.sequence!r} comes without tokens; leave it out of the step")
         self._check_tokens(item.sequence, item.tokens, length)
@@ -189,39 +244,57 @@ class Engine:
         Raises:
             EngineError: it is not open.
         """
-        return self._sequence(sequence).length
+        return self._table(sequence).length
 
     def truncate(self, sequence: str, length: int) -> None:
-        """Roll a sequence back to its first `length` tokens; costs nothing.
+        """Roll a sequence back to its first `length` tokens, and give back the room of the others.
 
         Raises:
             EngineError: it is not open, or holds fewer tokens.
         """
-        open_sequence = self._sequence(sequence)
-        if not 0 <= length <= open_sequence.length:
+        table = self._table(sequence)
+        if not 0 <= length <= table.length:
             raise EngineError(
-                f"sequence {sequence!r} cannot be rolled back to {length} tokens: it holds {open_sequence.length}; "
-                f"give a length from 0 to {open_sequence.length}"
+                f"sequence {sequence!r} cannot be rolled back to {length} tokens: it holds {table.length}; "
+                f"give a length from 0 to {table.length}"
             )
-        open_sequence.length = length
+        self._pool.truncate(table, length)
 
     def close(self, sequence: str) -> None:
-        """Close a sequence and free its slot.
+        """Close a sequence. What it held can be reused until its room is needed.
 
         Raises:
             EngineError: it is not open.
         """
-        closed = self._sequence(sequence)
-        del self._sequences[sequence]
-        for cache in self._caches.values():
-            cache.clear(closed.slot, closed.num_used)
-        heapq.heappush(self._free_slots, closed.slot)
+        self._pool.truncate(self._table(sequence), 0)
+        del self._tables[sequence]
 
-    def _sequence(self, sequence: str) -> _Sequence:
+    def _reserve_all(self, work: Sequence[Work]) -> None:
+        for item in work:
+            if not self.reserve(item.sequence, len(item.tokens)):
+                for reserved in work:
+                    self.truncate(reserved.sequence, self.length(reserved.sequence))
+                raise EngineError(
+                    f"sequence {item.sequence!r} finds no room for {len(item.tokens)} tokens: the cache is full; "
+                    "roll others back, or raise cache_tokens"
+                )
+
+    def _table(self, sequence: str) -> BlockTable:
         try:
-            return self._sequences[sequence]
+            return self._tables[sequence]
         except KeyError:
             raise EngineError(f"sequence {sequence!r} is not open; open it first") from None
+
+    def _places(self, table: BlockTable, num_new: int) -> Tensor:
+        """Where in the cache a sequence's tokens lie and the new ones will."""
+        first_places = torch.tensor([block.number * BLOCK_SIZE for block in table.blocks])
+        return (first_places[:, None] + torch.arange(BLOCK_SIZE)).flatten()[: table.length + num_new]
+
+    def _copy(self, copies: Sequence[Copy]) -> None:
+        for source, target, start, stop in copies:
+            positions = torch.arange(start, stop, device=self._model.device)
+            for cache in self._caches.values():
+                cache.copy(source * BLOCK_SIZE + positions, target * BLOCK_SIZE + positions)
 
     def _check_tokens(self, sequence: str, tokens: Sequence[int], length: int) -> None:
         if length + len(tokens) > self.max_context:
@@ -237,11 +310,15 @@ class Engine:
                 )
 
 
-def _check_limits(model: PreTrainedModel, max_sequences: int, max_context: int) -> None:
+def _check_limits(model: PreTrainedModel, max_sequences: int, max_context: int, cache_tokens: int) -> None:
     if max_sequences < 1:
         raise InvalidConfiguration(f"max_sequences: {max_sequences} is less than 1")
     if max_context < 1:
         raise InvalidConfiguration(f"max_context: {max_context} is less than 1")
+    if cache_tokens < max_context:
+        raise InvalidConfiguration(
+            f"cache_tokens: {cache_tokens} is less than max_context, {max_context}: one sequence must fit"
+        )
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and max_context > limit:
         raise InvalidConfiguration(

@@ -1,7 +1,7 @@
 """One step's plan: which token goes where, which sequences attend together, and which rows are asked for.
 
-Sequences that lie in neighbouring slots, append equally many tokens and have similar lengths attend in one call on a
-view of the cache; so nothing of the cache is ever copied.
+Sequences that append equally many tokens and have similar lengths attend in one call, on keys and values gathered from
+their blocks.
 
 Shapes: N tokens of the step, B sequences of a group, T tokens of each of them, L keys they see, R asked rows,
 H query heads, K key-value heads, D head width.
@@ -42,41 +42,42 @@ class PlacedWork:
     """Work and where its sequence lies."""
 
     work: Work
-    slot: int
-    length: int
-    """Tokens that the sequence holds before the step."""
+    places: Tensor
+    """Of all the sequence's tokens, the step's included: their positions in the cache, int64."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step appends."""
+        return len(self.work.tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens that the sequence holds before the step."""
+        return len(self.places) - len(self.work.tokens)
 
 
 @dataclass(slots=True)
 class _Group:
-    """Sequences in neighbouring slots that append equally many tokens."""
+    """Sequences that append equally many tokens and are neighbours in the step."""
 
-    first_slot: int
     first_token: int
     num_tokens: int
     """T, of each sequence."""
 
-    lengths: list[int]
-    """Tokens that each of the B sequences holds before the step."""
+    members: list[PlacedWork]
 
     def can_take(self, placed: PlacedWork) -> bool:
-        """Whether a sequence can attend with these without reading much that nobody needs."""
-        lengths = [*self.lengths, placed.length]
-        longest = max(lengths) + self.num_tokens
-        needed = sum(lengths) + self.num_tokens * len(lengths)
-        return (
-            placed.slot == self.first_slot + len(self.lengths)
-            and len(placed.work.tokens) == self.num_tokens
-            and longest * len(lengths) <= MAX_PADDING * needed
-        )
+        """Whether a sequence, at least as long as these, can attend with them without reading much for nothing."""
+        num_needed = sum(len(member.places) for member in self.members) + len(placed.places)
+        num_read = len(placed.places) * (len(self.members) + 1)
+        return placed.num_tokens == self.num_tokens and num_read <= MAX_PADDING * num_needed
 
 
 @dataclass(frozen=True, slots=True)
 class _Reach:
     """What a group sees of a layer's cache."""
 
-    first_key: int
-    end_key: int
+    places_BL: Tensor
     is_causal: bool
     mask: Tensor | None
     """Additive, [B, 1, T, L]; none where all queries see all keys, or where `is_causal` says it."""
@@ -97,23 +98,19 @@ class StepPlan:
         """
         self._caches = caches
         self._reaches: dict[int | None, list[_Reach]] = {}
-        # In the order of slots, sequences that can attend together are neighbours among the tokens too.
-        order = sorted(range(len(work)), key=lambda index: work[index].slot)
-        by_slot = [work[index] for index in order]
-        counts = [len(placed.work.tokens) for placed in by_slot]
-        first_tokens = [0, *accumulate(counts)]
-        self._groups = list(_groups(by_slot, first_tokens[:-1]))
-        layout = torch.tensor(
-            [
-                [token for placed in by_slot for token in placed.work.tokens],
-                [placed.length + i for placed in by_slot for i in range(len(placed.work.tokens))],
-                [placed.slot for placed in by_slot for _ in placed.work.tokens],
-            ]
-        ).to(device)
-        self.tokens_N, self.positions_N, self._slots_N = layout
+        # Sequences that can attend together are neighbours among the tokens too.
+        order = sorted(range(len(work)), key=lambda index: (work[index].num_tokens, len(work[index].places)))
+        ordered = [work[index] for index in order]
+        first_tokens = [0, *accumulate(placed.num_tokens for placed in ordered)]
+        self._groups = list(_groups(ordered, first_tokens[:-1]))
+        self.tokens_N = torch.tensor([token for placed in ordered for token in placed.work.tokens], device=device)
+        self.positions_N = torch.tensor(
+            [position for placed in ordered for position in range(placed.length, len(placed.places))], device=device
+        )
+        self._places_N = torch.cat([placed.places[placed.length :] for placed in ordered]).to(device)
         first_token_of = dict(zip(order, first_tokens[:-1], strict=True))
         rows = [first_token_of[index] + row for index, placed in enumerate(work) for row in placed.work.rows]
-        self.rows_R = torch.tensor(rows, dtype=torch.int64).to(device)
+        self.rows_R = torch.tensor(rows, dtype=torch.int64, device=device)
         """Indices into the N tokens, in the order of the work and of each one's rows."""
 
     def attend(
@@ -121,7 +118,7 @@ class StepPlan:
     ) -> Tensor:
         """Write the step's keys and values into the layer's cache, and attend; see `AttentionPass`."""
         cache = self._caches[layer]
-        cache.write(key, value, self._slots_N, self.positions_N)
+        cache.write(key, value, self._places_N)
         reaches = self._reaches.get(cache.window)
         if reaches is None:
             reaches = [_reach(group, cache.window, query) for group in self._groups]
@@ -137,45 +134,50 @@ def _groups(work: Sequence[PlacedWork], first_tokens: Sequence[int]) -> Iterator
     group: _Group | None = None
     for placed, first_token in zip(work, first_tokens, strict=True):
         if group is not None and group.can_take(placed):
-            group.lengths.append(placed.length)
+            group.members.append(placed)
             continue
         if group is not None:
             yield group
-        group = _Group(placed.slot, first_token, len(placed.work.tokens), [placed.length])
+        group = _Group(first_token, placed.num_tokens, [placed])
     if group is not None:
         yield group
 
 
 def _reach(group: _Group, window: int | None, query: Tensor) -> _Reach:
     """Work out which keys a group's queries see in layers of one window."""
-    end_key = max(group.lengths) + group.num_tokens
-    first_key = 0 if window is None else max(0, min(group.lengths) - window + 1)
+    lengths = [member.length for member in group.members]
+    end_key = max(lengths) + group.num_tokens
+    first_key = 0 if window is None else max(0, min(lengths) - window + 1)
+    # What is missing of the shorter ones reads place 0, which holds zeros and is masked.
+    places_BL = torch.zeros(len(lengths), end_key - first_key, dtype=torch.int64)
+    for places_L, member in zip(places_BL, group.members, strict=True):
+        places_L[: len(member.places) - first_key] = member.places[first_key:]
+    places_BL = places_BL.to(query.device)
     is_windowed = window is not None and window < end_key - first_key
-    if len(set(group.lengths)) == 1 and not is_windowed:
+    if len(set(lengths)) == 1 and not is_windowed:
         if group.num_tokens == 1:
-            return _Reach(first_key, end_key, False, None)
-        if group.lengths[0] == 0:
-            return _Reach(first_key, end_key, True, None)
-    lengths_B = torch.tensor(group.lengths, device=query.device)
+            return _Reach(places_BL, False, None)
+        if lengths[0] == 0:
+            return _Reach(places_BL, True, None)
+    lengths_B = torch.tensor(lengths, device=query.device)
     queries_BT1 = (lengths_B[:, None] + torch.arange(group.num_tokens, device=query.device))[..., None]
     keys_L = torch.arange(first_key, end_key, device=query.device)
     is_seen = keys_L <= queries_BT1
     if window is not None:
         is_seen &= keys_L > queries_BT1 - window
     mask = torch.zeros(is_seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~is_seen, -torch.inf)
-    return _Reach(first_key, end_key, False, mask[:, None])
+    return _Reach(places_BL, False, mask[:, None])
 
 
 def _attend_group(group: _Group, reach: _Reach, query: Tensor, cache: LayerCache, options: dict[str, Any]) -> Tensor:
     """Return a group's attention output [1, B * T, H, D]."""
-    num_sequences = len(group.lengths)
+    num_sequences = len(group.members)
     num_tokens = num_sequences * group.num_tokens
     tokens = query[0, :, group.first_token : group.first_token + num_tokens]
     num_heads, _, width = tokens.shape
     query_BHTD = tokens.view(num_heads, num_sequences, group.num_tokens, width).transpose(0, 1)
-    slots = slice(group.first_slot, group.first_slot + num_sequences)
-    keys = cache.keys[slots, :, reach.first_key : reach.end_key]
-    values = cache.values[slots, :, reach.first_key : reach.end_key]
+    keys = cache.keys[reach.places_BL].transpose(1, 2)
+    values = cache.values[reach.places_BL].transpose(1, 2)
     scaling, softcap = options.get("scaling"), options.get("softcap")
     if softcap is None:
         output = scaled_dot_product_attention(

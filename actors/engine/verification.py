@@ -68,7 +68,8 @@ def _logits_by_engine(engine: "Engine", tokens: list[int]) -> Tensor:
     """Return the logits [P, V] of one sequence in chunks, beside a second one if there is room for it."""
     names = [f"verification {i}" for i in range(min(2, engine.max_sequences))]
     for name in names:
-        engine.open(name, tokens)
+        engine.open(name)
+    engine.reserve(names[0], len(tokens))
     # The second sequence starts a chunk later, so that positions and lengths differ within a step.
     cuts = sorted({0, len(tokens) // 2, len(tokens) - 1, len(tokens)})
     logits = []
@@ -76,8 +77,12 @@ def _logits_by_engine(engine: "Engine", tokens: list[int]) -> Tensor:
         chunk = tokens[start:stop]
         work = [Work(names[0], chunk, range(len(chunk)))]
         if start > 0:
-            work += [Work(name, tokens[:1], ()) for name in names[1:] if engine.length(name) < engine.max_context]
+            work += [Work(name, tokens[:1], ()) for name in names[1:] if _has_room(engine, name)]
         logits.append(engine.step(work))
     for name in names:
         engine.close(name)
     return torch.cat(logits)
+
+
+def _has_room(engine: "Engine", sequence: str) -> bool:
+    return engine.length(sequence) < engine.max_context and engine.reserve(sequence, 1)

@@ -13,11 +13,8 @@ from torch import Tensor
 WORDS = 4
 """Words per counter: tokens 4c .. 4c + 3 share counter c."""
 
-REACH = 22.9
-"""No noise is larger: -log(-log(1 - 2**-33)) = 22.87."""
-
 Words = NDArray[np.uint64]
-"""Numbers in [0, 2**32). In numpy, whose operations cost a quarter of torch's on the blocks of one row."""
+"""Numbers in [0, 2**32). In numpy, since torch has no unsigned product."""
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
@@ -46,15 +43,6 @@ def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[Words, Wor
     return np.stack([c0, c1, c2, c3], axis=-1)
 
 
-def token_words(blocks: Tensor, positions: Tensor, samples: Tensor, seeds: Tensor) -> Tensor:
-    """Return the words behind the noise of whole blocks of four tokens, int64 [..., 4]; the arguments as in `noise`."""
-    block, position, sample, seed = (
-        tensor.cpu().numpy().astype(np.uint64) for tensor in (blocks, positions, samples, seeds)
-    )
-    words = philox4x32((block, position, sample, np.zeros_like(block)), (seed & _MASK, seed >> _HALF))
-    return torch.from_numpy(words.view(np.int64)).to(blocks.device)
-
-
 def gumbel(words: Tensor) -> Tensor:
     """Return g = -log(-log u), u = (x + 0.5) / 2**32, in float64: between -3.2 and 22.9."""
     u = (words.double() + 0.5) / 2**32
@@ -71,4 +59,8 @@ def noise(blocks: Tensor, positions: Tensor, samples: Tensor, seeds: Tensor) -> 
         seeds: the request's seed as the int64 with the same 64 bits.
     All four broadcast together.
     """
-    return gumbel(token_words(blocks, positions, samples, seeds))
+    block, position, sample, seed = (
+        tensor.cpu().numpy().astype(np.uint64) for tensor in (blocks, positions, samples, seeds)
+    )
+    words = philox4x32((block, position, sample, np.zeros_like(block)), (seed & _MASK, seed >> _HALF))
+    return gumbel(torch.from_numpy(words.view(np.int64)))

@@ -67,7 +67,7 @@ def generate(
             caches[i] = output.past_key_values
             rows.append(output.logits[0, -1])
         guidance = [Guidance(guide.weight, row) for guide, row in zip(guides, rows[1:], strict=True)]
-        scores_V = _noisy_scores(merge([rows[0]], [guidance]), sampling, len(text.tokens), sample)
+        scores_V = noisy_scores(merge([rows[0]], [guidance]), sampling, len(text.tokens), sample)
         best, second = scores_V.topk(2).values.tolist()
         text.tokens.append(int(scores_V.argmax()))
         text.margins.append(best - second)
@@ -75,7 +75,7 @@ def generate(
     return text
 
 
-def _noisy_scores(z_1V: Tensor, sampling: Sampling, position: int, sample: int) -> Tensor:
+def noisy_scores(z_1V: Tensor, sampling: Sampling, position: int, sample: int) -> Tensor:
     """What the draw maximises, float64 [V], with noise for every token."""
     if sampling.is_greedy:
         return z_1V[0].double()

@@ -1,6 +1,6 @@
-"""From guided logits to a token: temperature, top-k, top-p, min-p, then a Gumbel-max draw.
+"""How a request draws, and its filters as plainly as they can be written: temperature, top-k, top-p, min-p.
 
-Shapes: B rows of a step, S those of them that sample, V vocabulary, N blocks of W = 4 tokens, M those in reach.
+`kernels` computes the same without a sort of the whole row. Shapes: S rows that sample, V vocabulary.
 """
 
 import math
@@ -9,12 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-
-from actors.guidance.noise import REACH, WORDS, gumbel, noise, token_words
-
-SLACK = 1 + 1e-6
-"""Far above what rounding in float64 could take from a token that ties with the bar."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,33 +39,6 @@ class Sampling:
     def signed_seed(self) -> int:
         """The int64 with the seed's low 64 bits."""
         return (self.seed + 2**63) % 2**64 - 2**63
-
-
-def draw(z_BV: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], samples: Sequence[int]) -> Tensor:
-    """Return one token per row, int64 [B].
-
-    token = argmax_v(log p(v) + g_v) over the tokens that the row's filters keep, p = softmax(z / T); the argmax of z
-    where T = 0. Ties go to the lowest token.
-
-    Args:
-        z_BV: guided logits, float32.
-        samplings: each row's settings.
-        positions: each row's position in its output.
-        samples: each row's sample index within its request.
-    """
-    tokens_B = z_BV.argmax(dim=-1)
-    rows = [row for row, sampling in enumerate(samplings) if not sampling.is_greedy]
-    if rows:
-        chosen = [samplings[row] for row in rows]
-        scores_SV = keep_likely(scale(z_BV[rows], chosen), chosen)
-        device = z_BV.device
-        counters = (
-            torch.tensor([positions[row] for row in rows], device=device),
-            torch.tensor([samples[row] for row in rows], device=device),
-            torch.tensor([sampling.signed_seed for sampling in chosen], device=device),
-        )
-        tokens_B[rows] = _gumbel_argmax(scores_SV, *counters)
-    return tokens_B
 
 
 def scale(z_SV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
@@ -106,31 +73,3 @@ def _nucleus_floor(scores_V: Tensor, top_p: float) -> Tensor:
     before_V = ordered_V.softmax(dim=-1).cumsum(dim=-1).roll(1)
     before_V[0] = 0
     return ordered_V[(before_V < top_p).sum() - 1]
-
-
-def _gumbel_argmax(scores_SV: Tensor, positions_S: Tensor, samples_S: Tensor, seeds_S: Tensor) -> Tensor:
-    """argmax_v(scores + noise) of each row; one row at a time, which stays in the processor's cache."""
-    counters = zip(positions_S[:, None], samples_S[:, None], seeds_S[:, None], strict=True)
-    return torch.stack(
-        [_noisy_argmax(scores_V, *counter) for scores_V, counter in zip(scores_SV, counters, strict=True)]
-    )
-
-
-def _noisy_argmax(scores_V: Tensor, position: Tensor, sample: Tensor, seed: Tensor) -> Tensor:
-    """argmax_v(scores + noise), with words only where a token is in reach and noise only where it can still win."""
-    blocks_NW = pad(scores_V, (0, -len(scores_V) % WORDS), value=-torch.inf).view(-1, WORDS)
-    # The noisy score of the best token's block is a bar that the winner must reach.
-    best = scores_V.argmax(dim=-1, keepdim=True) // WORDS
-    bar = (blocks_NW[best] + noise(best, position, sample, seed)).amax()
-    if not bar.isfinite():
-        return best[0] * WORDS  # nothing can be drawn from such scores; it is for the caller to see
-    reachable = (blocks_NW.amax(dim=-1) > bar - REACH).nonzero()[:, 0]
-    words_MW = token_words(reachable, position, sample, seed)
-    scores_MW = blocks_NW[reachable]
-    # The winner has e^-g = -log u <= e^(score - bar), and 1 - u is less than -log u: no logarithm is needed to see that
-    # nearly all the others cannot be it.
-    complements_MW = (2**32 - 0.5 - words_MW.double()) / 2**32
-    can_win = complements_MW <= (scores_MW - bar).exp_() * SLACK
-    winner = (scores_MW[can_win] + gumbel(words_MW[can_win])).argmax()
-    block, word = can_win.nonzero()[winner]
-    return reachable[block] * WORDS + word

@@ -95,17 +95,19 @@ class StepStream:
             raise
         return cls(address, channel, call, row_format, slots)
 
-    async def step(self, work: Sequence[Work], *, timeout_s: float) -> Rows:
-        """Send a step and wait for its rows. Several may be under way at once; they are done in the order of the calls.
+    async def step(self, work: Sequence[Work], *, timeout_s: float, inline: bool = False) -> Rows:
+        """Send a step and wait for its rows. Several may be under way at once; they are taken in the order of the calls
+        and answered in any order.
 
-        work: at most one item for each sequence.
+        work: at most one item for each sequence. inline: whether its rows take no slot of the shared memory, because it
+        may be long under way.
 
         Raises ReplicaLost: the stream is over. DeadlineExceeded: no answer within `timeout_s`; the replica may do the
         step yet. EngineError: the work is impossible, or the replica could not do the step as a whole.
         """
         if self.lost.done():
             raise ReplicaLost(str(self.lost.result()))
-        outstanding = self._start(Step(tuple(work)))
+        outstanding = self._start(Step(tuple(work)), inline)
         answer = outstanding.answer
         try:
             await asyncio.wait({answer}, timeout=timeout_s)
@@ -128,10 +130,11 @@ class StepStream:
         await self._channel.close()
         self._slots = None
 
-    def _start(self, step: Step) -> Outstanding:
+    def _start(self, step: Step, inline: bool) -> Outstanding:
         """Number a step, find it a slot and queue it."""
         wanted = num_rows(step.work)
-        has_slot = self._slots is not None and wanted > 0 and self._slots.fits(wanted) and bool(self._free_slots)
+        fits = self._slots is not None and wanted > 0 and self._slots.fits(wanted)
+        has_slot = fits and not inline and bool(self._free_slots)
         slot = self._free_slots[-1] if has_slot else NO_SLOT
         try:
             request = encode_step(self._last_id + 1, slot, step)

@@ -99,7 +99,7 @@ def test_the_models_run_in_bfloat16(model: Path) -> None:
     """The engine verifies itself when it starts; this is near the model's own logits in float32."""
     engine = Engine.load(str(model), dtype=torch.bfloat16, max_sequences=1, max_context=64)
     tokens = AutoTokenizer.from_pretrained(BASE)("The weather in the mountains was").input_ids
-    engine.open("a", tokens)
+    engine.open("a")
     [found] = engine.step([Work("a", tokens, [len(tokens) - 1])]).float().softmax(-1)
     with torch.inference_mode():
         expected = AutoModelForCausalLM.from_pretrained(model)(torch.tensor([tokens])).logits[0, -1].softmax(-1)

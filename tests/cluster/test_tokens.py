@@ -51,10 +51,12 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module", params=["shared_memory", "grpc"], autouse=True)
 def service(request: pytest.FixtureRequest, deploy: Deploy, directories: dict[str, str]) -> None:
-    guides = {name: model_args(directories[name], base=directories["base"]) for name in GUIDES}
-    limits = {"max_prompt_tokens_per_step": 16}
-    base = model_args(directories["base"])
-    deploy(service_config(base, guides, exchange={"transport": request.param}, limits=limits))
+    # Prompts in chunks, and one guide with room for few sequences: some are preempted.
+    chunks = {"max_prompt_tokens_per_step": 16}
+    guides = {name: model_args(directories[name], base=directories["base"], **chunks) for name in GUIDES}
+    guides["kind"]["cache_tokens"] = guides["kind"]["max_context"]
+    base = model_args(directories["base"], **chunks)
+    deploy(service_config(base, guides, exchange={"transport": request.param}))
 
 
 def tokens_of(model: PreTrainedModel, prompt: str) -> list[int]:

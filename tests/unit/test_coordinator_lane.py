@@ -22,7 +22,7 @@ from cluster.exchange import Failure, Rows, Work
 from tests import tiny
 from tests.reference import Comparison
 
-LIMITS = Limits(max_prompt_tokens_per_step=8)
+LIMITS = Limits()
 BASE, KIND, TERSE = (tiny.talkative(tiny.llama(80, seed=seed)) for seed in range(3))
 
 
@@ -35,25 +35,36 @@ class LocalReplica:
         self.buffer = torch.zeros(16, self.engine.vocabulary_size)
         self.is_buffer_taken = False
         self.called = asyncio.Event()
-        self.largest_step = 0
-        self.gate = asyncio.Event()
+        self.gate, self.prompt_gate = asyncio.Event(), asyncio.Event()
         self.gate.set()
+        self.prompt_gate.set()
         self.is_lost = False
+        self.open: set[str] = set()
+        self.to_preempt: set[str] = set()
 
-    async def step(self, work: Sequence[Work], *, timeout_s: float) -> Rows:
+    async def step(self, work: Sequence[Work], *, timeout_s: float, inline: bool = False) -> Rows:
         await asyncio.sleep(0)
         self.called.set()
-        self.largest_step = max(self.largest_step, sum(len(item.tokens) for item in work if len(item.tokens) > 1))
         await self.gate.wait()
+        if inline:
+            await self.prompt_gate.wait()
         if self.is_lost:
             raise ReplicaLost("it is gone")
         failures = [Failure(item.sequence, "EngineError", "no") for item in work if item.sequence == "refused"]
-        done = [item for item in work if item.sequence != "refused"]
+        preempted = {item.sequence for item in work} & self.to_preempt
+        self.to_preempt -= preempted
+        failures += [Failure(key, "Preempted", "no room") for key in preempted]
+        done = [item for item in work if item.sequence not in {"refused", *preempted}]
+        for key in preempted:
+            self.engine.truncate(key, 0)
         for item in done:
-            if item.length == 0:
-                self.engine.open(item.sequence, item.tokens)
+            if item.sequence not in self.open:
+                self.engine.open(item.sequence)
+                self.open.add(item.sequence)
             assert self.engine.length(item.sequence) == item.length
         rows = self.engine.step([EngineWork(item.sequence, item.tokens, item.rows) for item in done])
+        if inline:
+            return Rows(rows, tuple(work), tuple(failures), None)
         assert not self.is_buffer_taken
         self.is_buffer_taken = bool(len(rows))
         self.buffer[: len(rows)] = rows
@@ -143,17 +154,34 @@ async def test_a_lane_that_was_idle_runs_again(base: LocalReplica) -> None:
         assert await read_all(live) == expected(live).tokens
 
 
-async def test_prompts_are_taken_in_chunks_beside_decoding_sequences(base: LocalReplica) -> None:
+async def test_a_prompt_that_takes_long_holds_up_nobody(base: LocalReplica) -> None:
     lane = Lane(LIMITS)
     running = sequence("running", base, max_tokens=60, seed=1)
     lane.add(running)
     await asyncio.wait_for(running.read(), 60)
-    before = len(running.output)
-    long = sequence("long", base, prompt="y" * 80, max_tokens=1)
+    base.prompt_gate.clear()
+    long = sequence("long", base, prompt="y" * 80, max_tokens=9, seed=2)
     lane.add(long)
-    await read_all(long)
-    assert base.largest_step <= LIMITS.max_prompt_tokens_per_step
-    assert len(running.output) - before >= 9
+    await read_all(running)
+    assert running.output == expected(running).tokens
+    assert long.output == []
+    base.prompt_gate.set()
+    assert await read_all(long) == expected(long).tokens
+
+
+async def test_a_sequence_that_its_replica_gave_up_is_sent_again_and_goes_on(
+    base: LocalReplica, kind: LocalReplica
+) -> None:
+    lane = Lane(LIMITS)
+    live = sequence("given up", base, [(kind, 1.0)], max_tokens=40, seed=1)
+    other = sequence("other", base, [(kind, 1.0)], max_tokens=40, seed=2)
+    lane.add(live)
+    lane.add(other)
+    first = await asyncio.wait_for(live.read(), 60)
+    kind.to_preempt.add("given up")
+    assert first["token_ids"] + await read_all(live) == expected(live).tokens
+    assert await read_all(other) == expected(other).tokens
+    assert not kind.to_preempt
 
 
 async def test_a_guide_that_hangs_holds_up_only_its_own(base: LocalReplica, kind: LocalReplica) -> None:
@@ -242,17 +270,16 @@ async def test_a_sequence_that_arrives_while_a_step_is_planned_is_not_forgotten(
     kind.gate.clear()
     guided = sequence("guided", base, [(kind, 1.0)], seed=1)
     free = sequence("free", base, seed=2)
-    lane.add(guided)
-    await asyncio.wait_for(kind.called.wait(), 60)
 
     def plan_and_add(*args: Any) -> Any:
-        plan = plan_step(*args)
-        if not plan:
+        messages = plan_step(*args)
+        if not messages:
             asyncio.get_running_loop().call_soon(lane.add, free)
-        return plan
+        return messages
 
     with monkeypatch.context() as patch:
         patch.setattr("actors.coordinator.lane.plan_step", plan_and_add)
+        lane.add(guided)
         await asyncio.wait_for(free.read(), 60)
     assert await read_all(free)
     kind.gate.set()
@@ -304,18 +331,21 @@ def test_a_voice_in_flight_or_with_nothing_to_send_is_not_planned() -> None:
     base, kind = LocalReplica(BASE), LocalReplica(KIND)
     live = sequence("a", base, [(kind, 1.0)], prompt="abc")
     live.voices[0].in_flight = True
-    assert list(plan_step([live], 100)) == [kind]
+    assert [message.replica for message in plan_step([live])] == [kind]
     live.voices[1].num_sent = 3
-    assert plan_step([live], 100) == {}
+    assert plan_step([live]) == []
 
 
-def test_decoding_sequences_run_beside_a_prompt_that_takes_all_room() -> None:
+def test_decoding_sequences_share_a_message_and_prompts_have_their_own() -> None:
     base = LocalReplica(BASE)
-    long, waiting, decoding = (sequence(key, base, prompt="z" * 30) for key in "lwd")
-    decoding.voices[0].num_sent = 30
-    decoding.commit(5)
-    (chunks,) = plan_step([long, waiting, decoding], 16).values()
-    assert [(chunk.sequence.key, chunk.num_tokens, chunk.completes) for chunk in chunks] == [
-        ("l", 16, False),
-        ("d", 1, True),
+    one, two, *decoding = (sequence(key, base, prompt="z" * 30) for key in "1234")
+    for live in decoding:
+        live.voices[0].num_sent = 30
+        live.commit(5)
+    messages = plan_step([one, decoding[0], two, decoding[1]])
+    assert [([part.sequence.key for part in message.parts], message.is_prompt) for message in messages] == [
+        (["3", "4"], False),
+        (["1"], True),
+        (["2"], True),
     ]
+    assert messages[0].parts[0].work() == Work("3", 30, [5], (0,))

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.engine import Engine, Work
+from cluster.errors import EngineError
 from tests import tiny
 
 MAX_SEQUENCES = 4
@@ -29,8 +30,11 @@ class Caller:
     model: PreTrainedModel
     random: random.Random
     sequences: dict[str, list[int]] = field(default_factory=dict)
+    history: list[list[int]] = field(default_factory=list)
+    """What sequences held when they were closed or rolled back."""
     num_opened: int = 0
     num_rows_checked: int = 0
+    num_refused: int = 0
 
     def tokens(self, at_most: int) -> list[int]:
         num_tokens = self.random.randint(1, at_most)
@@ -40,21 +44,37 @@ class Caller:
         if len(self.sequences) < MAX_SEQUENCES:
             self.num_opened += 1
             name = f"sequence {self.num_opened}"
-            assert self.engine.open(name, self.tokens(MAX_CONTEXT)) == 0
+            self.engine.open(name)
             self.sequences[name] = []
+
+    def reuse(self) -> None:
+        """Let a sequence go on as some other one did, as far as the cache knows it."""
+        others = [*self.history, *self.sequences.values()]
+        if not others or not self.sequences:
+            return
+        name, tokens = self.random.choice(list(self.sequences.items()))
+        other = self.random.choice(others)
+        if other[: len(tokens)] != tokens:
+            self.truncate_to(name, 0)
+        wanted = [*other[len(tokens) :], *self.tokens(3)][: MAX_CONTEXT - len(tokens)]
+        tokens += wanted[: self.engine.reuse(name, wanted)]
+        assert self.engine.length(name) == len(tokens)
 
     def close(self) -> None:
         if self.sequences:
             name = self.random.choice(list(self.sequences))
             self.engine.close(name)
-            del self.sequences[name]
+            self.history.append(self.sequences.pop(name))
 
     def truncate(self) -> None:
         if self.sequences:
             name, tokens = self.random.choice(list(self.sequences.items()))
-            length = self.random.randint(0, len(tokens))
-            self.engine.truncate(name, length)
-            del tokens[length:]
+            self.truncate_to(name, self.random.randint(0, len(tokens)))
+
+    def truncate_to(self, name: str, length: int) -> None:
+        self.history.append(list(self.sequences[name]))
+        self.engine.truncate(name, length)
+        del self.sequences[name][length:]
 
     def step(self) -> None:
         names = self.random.sample(list(self.sequences), k=self.random.randint(0, len(self.sequences)))
@@ -67,7 +87,11 @@ class Caller:
                 rows = self.random.sample(range(len(tokens)), k=self.random.randint(0, len(tokens)))
                 work.append(Work(name, tokens, rows))
         expected = [self.expected_rows(item) for item in work]
-        rows_RV = self.engine.step(work)
+        try:
+            rows_RV = self.engine.step(work)
+        except EngineError:
+            self.num_refused += 1
+            return
         for item in work:
             self.sequences[item.sequence] += item.tokens
             assert self.engine.length(item.sequence) == len(self.sequences[item.sequence])
@@ -91,15 +115,23 @@ def logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_rows_are_the_models_own_in_any_order_of_work(architecture: str) -> None:
     model = tiny.ARCHITECTURES[architecture](attn_implementation="eager")
-    engine = Engine(copy.deepcopy(model), max_sequences=MAX_SEQUENCES, max_context=MAX_CONTEXT)
-    for seed in range(3):
+    engine = Engine(
+        copy.deepcopy(model), max_sequences=MAX_SEQUENCES, max_context=MAX_CONTEXT, cache_tokens=MAX_CONTEXT + 8
+    )
+    num_rows_checked = num_refused = 0
+    for seed in range(4):
         caller = Caller(engine, model, random.Random(seed))
-        operations = [caller.step] * 10 + [caller.open] * 3 + [caller.truncate, caller.close] * 2
+        operations = [caller.step] * 10 + [caller.open, caller.reuse] * 3
+        operations += [caller.truncate, caller.close] * 2
         for _ in range(NUM_OPERATIONS):
             caller.random.choice(operations)()
-        assert caller.num_rows_checked > 150
+        num_rows_checked += caller.num_rows_checked
+        num_refused += caller.num_refused
         for name in caller.sequences:
             engine.close(name)
+    assert num_rows_checked > 150
+    assert num_refused > 0
+    assert engine.counters.num_reused_tokens > 20
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -111,8 +143,8 @@ def test_a_full_batch_of_one_token_each_at_different_lengths(architecture: str) 
         f"sequence {i}": [generator.randrange(tiny.VOCABULARY_SIZE) for _ in range(num_tokens)]
         for i, num_tokens in enumerate([9, 12, 8, 39, 1, 2])
     }
-    for name, tokens in prompts.items():
-        engine.open(name, tokens)
+    for name in prompts:
+        engine.open(name)
     engine.step([Work(name, tokens, []) for name, tokens in prompts.items()])
     rows_RV = engine.step([Work(name, [5], [0]) for name in prompts])
     expected_RV = torch.stack([logits(model, [*tokens, 5])[-1] for tokens in prompts.values()])
@@ -125,8 +157,8 @@ def test_sixteen_bit_models_give_their_own_logits_up_to_rounding(architecture: s
     exact = tiny.ARCHITECTURES[architecture](attn_implementation="eager")
     engine = Engine(copy.deepcopy(exact).to(dtype), max_sequences=2, max_context=MAX_CONTEXT)
     prompts = {"one": list(range(1, 21)), "two": list(range(30, 39))}
-    for name, tokens in prompts.items():
-        engine.open(name, tokens)
+    for name in prompts:
+        engine.open(name)
     engine.step([Work(name, tokens[:-3], []) for name, tokens in prompts.items()])
     rows_RV = engine.step([Work(name, tokens[-3:], [0, 1, 2]) for name, tokens in prompts.items()])
     expected_RV = torch.cat([logits(exact, tokens)[-3:] for tokens in prompts.values()])

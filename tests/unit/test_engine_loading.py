@@ -47,7 +47,7 @@ def test_a_saved_model_loads_in_the_dtype_asked_for(tmp_path: Path, dtype: torch
     directory = tiny.save(model, tmp_path / "model")
     engine = Engine.load(directory, dtype=dtype, max_sequences=2, max_context=16, threads=torch.get_num_threads())
     assert engine.vocabulary_size == engine.num_token_ids == 101
-    engine.open("one", [1, 2, 3])
+    engine.open("one")
     row = engine.step([Work("one", [1, 2, 3], [2])])
     assert row.dtype == engine.dtype == dtype
     expected = model(torch.tensor([[1, 2, 3]])).logits[0, -1]
@@ -107,7 +107,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path, settings: dict[str,
 def test_the_smallest_limits_work(max_sequences: int, max_context: int) -> None:
     model = tiny.mistral()
     engine = Engine(model, max_sequences=max_sequences, max_context=max_context)
-    engine.open("one", [5])
+    engine.open("one")
     assert engine.step([Work("one", [5], [0])]).shape == (1, engine.vocabulary_size)
 
 
@@ -185,7 +185,7 @@ def test_engines_in_threads_of_one_process_do_not_meet() -> None:
     rows: dict[int, list[torch.Tensor]] = {0: [], 1: []}
 
     def work(index: int, sequence: str) -> None:
-        engines[index].open(sequence, [])
+        engines[index].open(sequence)
         rows[index] += [engines[index].step([Work(sequence, [token], [0])]) for token in range(30)]
         engines[index].close(sequence)
 

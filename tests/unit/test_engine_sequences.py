@@ -33,13 +33,13 @@ def engine(shared_engine: Engine) -> Engine:
 
 def fill(engine: Engine, sequence: str, tokens: Sequence[int]) -> Tensor:
     """Open a sequence, and return the logits of its last token."""
-    engine.open(sequence, tokens)
+    engine.open(sequence)
     return engine.step([Work(sequence, tokens, [len(tokens) - 1])])
 
 
 def test_rows_come_in_the_order_of_the_work_and_of_its_rows(engine: Engine) -> None:
     for sequence in ("one", "two", "three"):
-        engine.open(sequence, [])
+        engine.open(sequence)
     rows = engine.step([Work("three", [7, 8, 9], [2, 0, 2]), Work("one", [7, 8], []), Work("two", [7], [0])])
     assert rows.shape == (4, engine.vocabulary_size)
     torch.testing.assert_close(rows[0], rows[2])
@@ -49,7 +49,7 @@ def test_rows_come_in_the_order_of_the_work_and_of_its_rows(engine: Engine) -> N
 
 def test_a_step_without_work_or_rows_gives_no_rows(engine: Engine) -> None:
     assert engine.step([]).shape == (0, engine.vocabulary_size)
-    engine.open("one", [4])
+    engine.open("one")
     assert engine.step([Work("one", [4], [])]).shape == (0, engine.vocabulary_size)
     assert engine.length("one") == 1
 
@@ -70,7 +70,7 @@ def test_a_sequence_may_fill_its_context_to_the_last_token(engine: Engine) -> No
     assert engine.length("one") == MAX_CONTEXT
 
 
-def test_a_reused_slot_keeps_nothing_of_what_lay_in_it() -> None:
+def test_a_reused_block_keeps_nothing_of_what_lay_in_it() -> None:
     model = tiny.llama()
     engine = Engine(copy.deepcopy(model), max_sequences=2, max_context=MAX_CONTEXT)
     poison = 11
@@ -145,21 +145,21 @@ def test_a_step_that_fails_within_the_model_changes_nothing(engine: Engine) -> N
     torch.testing.assert_close(row, fill(engine, "two", [1, 2, 3, 4]), atol=1e-5, rtol=0)
 
 
-def test_opening_takes_a_slot_and_refuses_what_cannot_be(engine: Engine) -> None:
-    assert engine.open("one", [1, 2, 3]) == 0
+def test_opening_takes_a_place_and_refuses_what_cannot_be(engine: Engine) -> None:
+    engine.open("one")
     assert engine.length("one") == 0
     with pytest.raises(EngineError, match="'one' is open already"):
-        engine.open("one", [1])
+        engine.open("one")
+    engine.open("two")
     with pytest.raises(EngineError, match="33 are past the limit of 32"):
-        engine.open("two", [1] * 33)
+        engine.reuse("two", [1] * 33)
     with pytest.raises(EngineError, match="token id 1000 is outside"):
-        engine.open("two", [1000])
-    engine.open("two", [1])
-    engine.open("three", [1])
+        engine.reuse("two", [1000])
+    engine.open("three")
     with pytest.raises(EngineError, match="all 3 sequences are in use"):
-        engine.open("four", [1])
+        engine.open("four")
     engine.close("two")
-    engine.open("four", [1])
+    engine.open("four")
     engine.close("four")
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors.guidance.noise import REACH, gumbel, noise, philox4x32
+from actors.guidance import kernels
+from actors.guidance.noise import gumbel, noise, philox4x32
 
 
 def words(*values: int) -> list[torch.Tensor]:
@@ -25,17 +26,36 @@ def words(*values: int) -> list[torch.Tensor]:
     ],
 )
 def test_philox_gives_the_published_words(
-    counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
+    counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
 ) -> None:
     c0, c1, c2, c3 = (np.array(word, dtype=np.uint64) for word in counter)
     k0, k1 = (np.array(word, dtype=np.uint64) for word in key)
     assert philox4x32((c0, c1, c2, c3), (k0, k1)).tolist() == list(expected)
+    lanes = np.zeros((4, 5), dtype=np.uint64)
+    first, *others = counter
+    kernels.philox(np.full(5, first, dtype=np.int64), others[0], others[1], others[2], key, lanes)
+    assert lanes.T.tolist() == [list(expected)] * 5
+
+
+@pytest.mark.parametrize("num_blocks", [1, 7, 8, 255, 256])
+def test_compiled_words_are_those_of_the_oracle(num_blocks: int) -> None:
+    blocks = np.random.default_rng(num_blocks).integers(0, 2**32, num_blocks)
+    lanes = np.zeros((4, num_blocks), dtype=np.uint64)
+    kernels.philox(blocks, 77, 3, 0, (2**32 - 1, 12), lanes)
+    c0, c1, c2, c3, k0, k1 = (np.asarray(word).astype(np.uint64) for word in (blocks, 77, 3, 0, 2**32 - 1, 12))
+    assert np.array_equal(lanes.T, philox4x32((c0, c1, c2, c3), (k0, k1)))
 
 
 def test_gumbel_noise_has_its_bounds() -> None:
     least, most = gumbel(torch.tensor([0, 2**32 - 1])).tolist()
-    assert -3.2 < least < -3.1
-    assert 22.8 < most < REACH
+    assert kernels.LEAST < least < -3.1
+    assert 22.8 < most < kernels.REACH
+
+
+def test_compiled_noise_is_that_of_the_oracle() -> None:
+    numbers = [0, 1, 2, 2**31, 2**32 - 2, 2**32 - 1, *torch.randint(2**32, (500,)).tolist()]
+    ours = [kernels.gumbel(np.uint64(number)) for number in numbers]
+    np.testing.assert_allclose(ours, gumbel(torch.tensor(numbers)), rtol=1e-14, atol=1e-15)
 
 
 def test_noise_has_the_gumbel_mean_and_variance() -> None:

@@ -1,13 +1,15 @@
 """The draw follows the guided distribution exactly, whatever filters are set and whatever else is in the batch."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from actors.guidance import Guidance, Sampling, draw, merge
+from actors.guidance import Guidance, Sampling, merge
+from actors.guidance.drawing import merge_and_draw
 from actors.guidance.noise import noise
 
 NUM_DRAWS = 20_000
@@ -20,6 +22,11 @@ CASES = {
     "min_p": Sampling(min_p=0.1),
     "all": Sampling(temperature=1.3, top_k=9, top_p=0.9, min_p=0.05),
 }
+
+
+def draw(z_BV: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], samples: Sequence[int]) -> Tensor:
+    """One token per row of guided logits, int64 [B]."""
+    return torch.tensor(merge_and_draw(list(z_BV), [[]] * len(z_BV), samplings, positions, samples))
 
 
 def guided_logits(vocabulary_size: int) -> Tensor:

@@ -1,0 +1,84 @@
+"""A step's rows to its tokens: merge, filter and draw, one row at a time, on one thread.
+
+Rows are read where they lie; a row with guides is one copy while it is worked on. What is computed is in `reference`,
+how it is computed fast in `kernels` and `filters`. Not among the package's names: numba, which it brings, is for
+coordinators only.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from actors.guidance.filters import filter_floor
+from actors.guidance.kernels import NOTHING, Floats, add_guide, find_best, race
+from actors.guidance.merge import Guidance
+from actors.guidance.sampling import Sampling
+
+_MASK = 2**32 - 1
+
+
+def merge_and_draw(
+    base: Sequence[Tensor],
+    guidance: Sequence[Sequence[Guidance]],
+    samplings: Sequence[Sampling],
+    positions: Sequence[int],
+    samples: Sequence[int],
+) -> list[int | None]:
+    """Return one token per row; None where the merged logits hold a NaN or their best is not finite.
+
+    token = argmax_v(log p(v) + g_v) over the tokens that the row's filters keep, p = softmax(z / T), z as `merge`
+    gives it; the argmax of z where T = 0. Ties go to the lowest token. Frees the interpreter's lock.
+
+    Args:
+        base: B rows of the base's logits, each [V], of any floating dtype. Float32 rows are not copied, unless they
+            are not contiguous.
+        guidance: for each row its guides, always in the same order, since sums round by order.
+        samplings: each row's settings.
+        positions: each row's position in its output.
+        samples: each row's sample index within its request.
+    """
+    rows = zip(base, guidance, samplings, positions, samples, strict=True)
+    return [_draw(_merged(row, guides), sampling, position, sample) for row, guides, sampling, position, sample in rows]
+
+
+def warm_up() -> None:
+    """Compile the kernels, or load them from numba's cache: seconds or a fraction of one, once per process."""
+    row = torch.zeros(8)
+    merge_and_draw([row], [[Guidance(1.0, row)]], [Sampling(top_k=4, top_p=0.9, min_p=0.1)], [0], [0])
+
+
+def _merged(base: Tensor, guides: Sequence[Guidance]) -> Floats:
+    """A row's guided logits, float32 [V]: the base's own memory where it has no guides."""
+    z_V = _floats(base)
+    if guides:
+        z_V = z_V.copy()
+        for weight, logits_U in guides:
+            add_guide(z_V, _floats(logits_U), float(weight))
+    return z_V
+
+
+def _draw(z_V: Floats, sampling: Sampling, position: int, sample: int) -> int | None:
+    maxima, best_block = find_best(z_V)
+    if best_block == NOTHING:
+        return None
+    if sampling.is_greedy:
+        return 4 * best_block + int(z_V[4 * best_block : 4 * best_block + 4].argmax())
+    temperature = float(sampling.temperature)
+    floor = filter_floor(
+        z_V,
+        maxima,
+        float(maxima[best_block]),
+        temperature,
+        min(sampling.top_k, len(z_V)),
+        float(sampling.top_p),
+        float(sampling.min_p),
+    )
+    key = sampling.seed & _MASK, sampling.seed >> 32 & _MASK
+    return race(z_V, maxima, best_block, temperature, floor, key, position, sample)
+
+
+def _floats(row: Tensor) -> Floats:
+    """The row's own memory, if it is contiguous float32."""
+    floats: Floats = row.detach().to("cpu", torch.float32).contiguous().numpy()
+    return floats
