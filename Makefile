@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # Ray starts jobs with the `python` that is on its PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: serve test check format models proto clean
+.PHONY: serve test bench check format models proto clean
 
 # The service in the foreground, on http://127.0.0.1:8000; Ctrl-C ends it.
 serve: $(VENV)/installed models
@@ -19,6 +19,11 @@ serve: $(VENV)/installed models
 TESTS ?= tests
 test: $(VENV)/installed-dev models
 	$(BIN)/python -m pytest $(TESTS)
+
+# Speed beside transformers `generate`, as a table and in results/bench; about 40 minutes. ARGS="--help" says how to shorten.
+ARGS ?=
+bench: $(VENV)/installed-dev models
+	$(BIN)/python -m bench.run $(ARGS)
 
 # Format, lint and types.
 check: $(VENV)/installed-dev
