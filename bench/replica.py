@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from actors.engine import Engine
+from actors.engine import Counters, Engine
 from actors.leases import Lease, LeaseRequest, Refusal
 from actors.model_server import ModelServer
 from actors.prompts import Prompt, PromptEncoder
@@ -76,6 +76,12 @@ class RemoteReplica:
         self._connection.send("release")
         receive(self._connection)
 
+    def counters(self) -> Counters:
+        """Return what the engine has done since it started."""
+        self._connection.send("counters")
+        answer: Counters = receive(self._connection)
+        return answer
+
     def forwards(self) -> Sequence[Forward]:
         """Return the forward passes since the last call."""
         self._connection.send("forwards")
@@ -116,6 +122,8 @@ async def _serve(connection: Connection, engine: TimedEngine, path: Path, models
                     await asyncio.gather(*holders, return_exceptions=True)
                     holders.clear()
                     connection.send("released")
+                case "counters":
+                    connection.send(engine.counters)
                 case "forwards":
                     connection.send(list(engine.forwards))
                     engine.forwards.clear()

@@ -4,8 +4,8 @@ Owns the model, its cache and the sequences in it, and decides what runs in a pa
 Ray, guidance, requests or sampling.
 """
 
-from actors.engine.engine import Engine
+from actors.engine.engine import Counters, Engine
 from actors.engine.plan import Work
 from actors.engine.schedule import Schedule, Task, gather_rows
 
-__all__ = ["Engine", "Schedule", "Task", "Work", "gather_rows"]
+__all__ = ["Counters", "Engine", "Schedule", "Task", "Work", "gather_rows"]

@@ -1,6 +1,7 @@
 """One layer's keys and values, allocated once for all sequences.
 
-Shapes: P positions of all blocks together, K key-value heads, D key width, E value width, N tokens of a step.
+Shapes: P positions of all blocks together, K key-value heads, D key width, E value width, N tokens of a step,
+B sequences, L keys of each.
 """
 
 from dataclasses import dataclass
@@ -39,8 +40,15 @@ class LayerCache:
 
     def write(self, key: Tensor, value: Tensor, positions_N: Tensor) -> None:
         """Write keys [1, K, N, D] and values [1, K, N, E] of a step's tokens to where they belong."""
-        self.keys[positions_N] = key[0].transpose(0, 1)
-        self.values[positions_N] = value[0].transpose(0, 1)
+        self.keys.index_copy_(0, positions_N, key[0].transpose(0, 1))
+        self.values.index_copy_(0, positions_N, value[0].transpose(0, 1))
+
+    def read(self, places_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys [B, K, L, D] and values [B, K, L, E] that lie at places."""
+        places = places_BL.view(-1)
+        keys = self.keys.index_select(0, places).view(*places_BL.shape, *self.keys.shape[1:])
+        values = self.values.index_select(0, places).view(*places_BL.shape, *self.values.shape[1:])
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def copy(self, sources_N: Tensor, targets_N: Tensor) -> None:
         """Copy keys and values from positions to others."""

@@ -176,10 +176,17 @@ def _attend_group(group: _Group, reach: _Reach, query: Tensor, cache: LayerCache
     tokens = query[0, :, group.first_token : group.first_token + num_tokens]
     num_heads, _, width = tokens.shape
     query_BHTD = tokens.view(num_heads, num_sequences, group.num_tokens, width).transpose(0, 1)
-    keys = cache.keys[reach.places_BL].transpose(1, 2)
-    values = cache.values[reach.places_BL].transpose(1, 2)
+    keys, values = cache.read(reach.places_BL)
     scaling, softcap = options.get("scaling"), options.get("softcap")
-    if softcap is None:
+    if softcap is not None:
+        mask = _causal_mask(group.num_tokens, query) if reach.is_causal else reach.mask
+        output = soft_capped_attention(query_BHTD, keys, values, mask, scaling=scaling, softcap=softcap)
+    elif group.num_tokens == 1:
+        # Queries that share a key-value head attend like so many tokens of it: fewer and larger products.
+        shared = query_BHTD.reshape(num_sequences, keys.shape[1], -1, width)
+        output = scaled_dot_product_attention(shared, keys, values, attn_mask=reach.mask, scale=scaling)
+        output = output.reshape(num_sequences, num_heads, 1, -1)
+    else:
         output = scaled_dot_product_attention(
             query_BHTD,
             keys,
@@ -187,12 +194,9 @@ def _attend_group(group: _Group, reach: _Reach, query: Tensor, cache: LayerCache
             attn_mask=reach.mask,
             is_causal=reach.is_causal,
             scale=scaling,
-            enable_gqa=keys.shape[1] != query_BHTD.shape[1],
+            enable_gqa=keys.shape[1] != num_heads,
         )
-    else:
-        mask = _causal_mask(group.num_tokens, query) if reach.is_causal else reach.mask
-        output = soft_capped_attention(query_BHTD, keys, values, mask, scaling=scaling, softcap=softcap)
-    return output.transpose(1, 2).reshape(1, num_tokens, output.shape[1], output.shape[3])
+    return output.transpose(1, 2).reshape(1, num_tokens, num_heads, output.shape[3])
 
 
 def _causal_mask(num_tokens: int, query: Tensor) -> Tensor:
