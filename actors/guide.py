@@ -16,7 +16,8 @@ class Guide:
     """A Serve deployment that leases room on a guide.
 
     Raises:
-        InvalidConfiguration: at start, before any weight is loaded, when its vocabulary does not fit the base's.
+        InvalidConfiguration: at start, before any weight is loaded, when its vocabulary does not fit the base's; after
+            that, when its model cannot be run, or not with such rows.
     """
 
     def __init__(self, settings: GuideSettings) -> None:
@@ -27,7 +28,7 @@ class Guide:
             read_vocabulary(settings.model, tokenizer),
             guide_name=serve.get_replica_context().app_name.removeprefix("trimtab-guide-"),
         )
-        self._server = ModelServer.load(settings, tokenizer, base_vocabulary=base_vocabulary.digest)
+        self._server = ModelServer.load(settings, tokenizer, base_vocabulary=base_vocabulary.digest, rows=settings.rows)
 
     async def lease(self, request: LeaseRequest) -> AsyncGenerator[Lease | Refusal, None]:
         """Hold room for a sequence; see `ModelServer.lease`."""

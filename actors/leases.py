@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ray.types import ObjectRef
+
+from actors.guidance.output import OutputFunction
 from actors.prompts import Prompt
 
 
@@ -54,6 +57,9 @@ class Lease:
 
     description: BaseDescription | None = None
     """From a base that the coordinator does not know yet."""
+
+    output: "ObjectRef[OutputFunction] | None" = None
+    """Where rows are hidden states: what turns them into logits, in Ray's object store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,10 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.types import ObjectRef
 
-from actors.engine import Engine, Schedule, Task, gather_rows
+from actors.engine import Engine, RowKind, Schedule, Task, gather_rows
+from actors.guidance.output import OutputFunction
 from actors.leases import BaseDescription, Lease, LeaseRequest, Refusal
 from actors.prompts import PromptEncoder
 from actors.settings import BaseModelSettings
@@ -70,13 +72,13 @@ class ModelServer:
         self.schedule = Schedule(engine, max_prompt_tokens=max_prompt_tokens_per_step)
         self.description: BaseDescription | None = None
         """Of a base, for coordinators."""
+        self.output: ObjectRef[OutputFunction] | None = None
+        """What turns the engine's rows into logits, for coordinators."""
         self.base_vocabulary = ""
         """Digest of the base's tokens: its own, or those that a guide was checked against."""
         self._encoder = encoder
         self._replica = replica
-        self._server = StepServer(
-            self, row_width=engine.vocabulary_size, dtype=engine.dtype, max_rows=max_rows, host=host
-        )
+        self._server = StepServer(self, row_width=engine.row_width, dtype=engine.dtype, max_rows=max_rows, host=host)
         self._starting = asyncio.Lock()
         self._loop: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
@@ -88,8 +90,14 @@ class ModelServer:
         self._busy_since: float | None = None
 
     @classmethod
-    def load(cls, settings: BaseModelSettings, tokenizer: Any, *, base_vocabulary: str) -> "ModelServer":
-        """Load the model that the settings name, to be served by this Serve replica."""
+    def load(
+        cls, settings: BaseModelSettings, tokenizer: Any, *, base_vocabulary: str, rows: RowKind = "logits"
+    ) -> "ModelServer":
+        """Load the model that the settings name, to be served by this Serve replica.
+
+        Raises:
+            InvalidConfiguration: the engine cannot run it with these settings, or not with such rows.
+        """
         engine = Engine.load(
             settings.model,
             dtype=settings.torch_dtype,
@@ -98,6 +106,7 @@ class ModelServer:
             cache_tokens=settings.cache_tokens,
             threads=settings.threads or len(os.sched_getaffinity(0)),
             device=settings.device,
+            rows=rows,
         )
         replica = serve.get_replica_context().replica_id.to_full_id_str()
         encoder = PromptEncoder(tokenizer, settings.prompt_template)
@@ -110,6 +119,9 @@ class ModelServer:
             max_prompt_tokens_per_step=settings.max_prompt_tokens_per_step,
         )
         server.base_vocabulary = base_vocabulary
+        if engine.output is not None:
+            # Once for all coordinators; those on this node read it where it lies.
+            server.output = ray.put(engine.output)
         return server
 
     async def start(self) -> None:
@@ -158,6 +170,7 @@ class ModelServer:
                 max_context=self.engine.max_context,
                 base_vocabulary=self.base_vocabulary,
                 description=None if self.engine.fingerprint in request.known_bases else self.description,
+                output=self.output,
             )
             await self._server.wait_attached(request.coordinator, ATTACH_TIMEOUT_S)
             await self._server.wait_detached(request.coordinator)

@@ -91,6 +91,11 @@ class GuideSettings(BaseModelSettings):
     base: str
     """The base model that it steers, for the check of the vocabularies."""
 
+    rows: Literal["logits", "hidden_states"] = "logits"
+    """What it sends for each token: its logits, or its last hidden state, of which the coordinator makes the same
+    logits. That is fewer bytes by vocabulary over hidden size, and the output layer's product runs in the coordinator,
+    on the processor: for guides behind a slow network. Families that tests know only."""
+
     @field_validator("base")
     @classmethod
     def _locate_base(cls, model: str) -> str:

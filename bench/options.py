@@ -41,11 +41,12 @@ def add_models(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def endless_models(
-    arguments: argparse.Namespace, *, num_guides: int, max_sequences: int, max_tokens: int
+    arguments: argparse.Namespace, *, num_guides: int, max_sequences: int, max_tokens: int, **served: Any
 ) -> Iterator[tuple[Models, Prompts]]:
     """Make the models that the options name endless while the context lasts, and prompts for them.
 
-    If more guides are wanted than there are directories, each is taken again under another name.
+    If more guides are wanted than there are directories, each is taken again under another name. `served` are other
+    fields of `Models`.
     """
     paths = [Path(locate_model(path)) for path in arguments.guide or GUIDES]
     prompts = Prompts(load_tokenizer(locate_model(arguments.base)))
@@ -64,6 +65,7 @@ def endless_models(
             threads=arguments.threads,
             max_sequences=max_sequences,
             max_context=64 * math.ceil((longest + max_tokens + ROOM) / 64),
+            **served,
         )
         yield models, prompts
 

@@ -21,6 +21,7 @@ MERGE_AND_DRAW = "merge and draw"
 TIMED: Sequence[tuple[Any, str, str]] = (
     (lane, "plan_step", PLAN),
     (lane, "merge_and_draw", MERGE_AND_DRAW),
+    (lane, "logits_by_voice", "output"),
     (drawing, "_merged", "merge"),
     (drawing, "_draw", "draw"),
     (LiveSequence, "commit", "commit"),
@@ -53,6 +54,7 @@ class Breakdown:
     base: float
     guide: float | None
     exchange: float
+    output: float | None
     merge: float | None
     draw: float | None
     commit: float | None
@@ -150,6 +152,7 @@ def summarise(steps: Sequence[StepRecord], forwards: Sequence[Sequence[Forward]]
         base=models[0],
         guide=max(models[1:], default=None),
         exchange=gather - max(models),
+        output=part("output"),
         merge=part("merge"),
         draw=part("draw"),
         commit=in_turn["commit"],

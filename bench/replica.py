@@ -13,7 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from actors.engine import Counters, Engine
+from actors.engine import Counters, Engine, RowKind
+from actors.guidance.output import OutputFunction
 from actors.leases import Lease, LeaseRequest, Refusal
 from actors.model_server import ModelServer
 from actors.prompts import Prompt, PromptEncoder
@@ -76,6 +77,12 @@ class RemoteReplica:
         self._connection.send("release")
         receive(self._connection)
 
+    def output(self) -> OutputFunction | None:
+        """Return what turns its rows into logits, if they are hidden states."""
+        self._connection.send("output")
+        answer: OutputFunction | None = receive(self._connection)
+        return answer
+
     def counters(self) -> Counters:
         """Return what the engine has done since it started."""
         self._connection.send("counters")
@@ -90,15 +97,15 @@ class RemoteReplica:
 
 
 @contextmanager
-def remote_replica(path: Path, models: Models) -> Iterator[RemoteReplica]:
+def remote_replica(path: Path, models: Models, rows: RowKind = "logits") -> Iterator[RemoteReplica]:
     """Serve a model in a process of its own while the context lasts."""
-    with process(_run, path, models) as connection:
+    with process(_run, path, models, rows) as connection:
         receive(connection)
         yield RemoteReplica(connection)
 
 
-def _run(connection: Connection, path: Path, models: Models) -> None:
-    engine = TimedEngine.load(str(path), **models.engine_options)
+def _run(connection: Connection, path: Path, models: Models, rows: RowKind) -> None:
+    engine = TimedEngine.load(str(path), rows=rows, **models.engine_options)
     assert isinstance(engine, TimedEngine)
     asyncio.run(_serve(connection, engine, path, models))
 
@@ -122,6 +129,8 @@ async def _serve(connection: Connection, engine: TimedEngine, path: Path, models
                     await asyncio.gather(*holders, return_exceptions=True)
                     holders.clear()
                     connection.send("released")
+                case "output":
+                    connection.send(engine.output)
                 case "counters":
                     connection.send(engine.counters)
                 case "forwards":

@@ -3,6 +3,7 @@
     make bench
     make bench ARGS="--concurrency 1,16 --guides 0,1 --max-tokens 32"
     make bench ARGS="--concurrency 1,16 --guides 0,1 --max-tokens 32 --systems generate,http --no-steps"
+    make bench ARGS="--concurrency 1,16 --guides 1 --systems none --rows hidden_states --transport grpc"
 
 Every system gets prompts of the same kind and length, the same sampling (the whole distribution at temperature 1),
 dtype and threads, and models whose end token was taken away, so that all texts have --max-tokens tokens. In one round
@@ -26,8 +27,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
+from actors.engine import RowKind
 from bench import steps
 from bench.engine import BareEngine
 from bench.generate import Generate
@@ -38,6 +40,7 @@ from bench.service import Http, running_service
 from bench.table import REFERENCE, Cell, Sample, Samples
 from bench.worker import System, remote_system
 from bench.workload import Models, Prompts
+from cluster.exchange import Transport
 
 NAMES = {
     REFERENCE: "transformers generate",
@@ -162,6 +165,15 @@ def parse(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=positive, default=64, help="of each text (default: %(default)s)")
     parser.add_argument("--all", action="store_true", help="measure every cell, all with --max-tokens")
     parser.add_argument("--no-steps", action="store_true", help="do not break steps down")
+    parser.add_argument(
+        "--rows",
+        choices=get_args(RowKind),
+        default="logits",
+        help="what guides send in the service and in the steps (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--transport", choices=get_args(Transport), default="auto", help="of rows (default: %(default)s)"
+    )
     add_models(parser)
     arguments = parser.parse_args(command_line)
     if arguments.systems == ["none"]:
@@ -185,6 +197,8 @@ def main(command_line: Sequence[str] | None = None) -> dict[str, Any]:
         num_guides=max(arguments.guides),
         max_sequences=max(arguments.concurrency),
         max_tokens=arguments.max_tokens,
+        rows=arguments.rows,
+        transport=arguments.transport,
     ) as (models, prompts):
         if arguments.systems:
             cells = choose_cells(arguments.systems, arguments.concurrency, arguments.guides, every=arguments.all)

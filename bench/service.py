@@ -21,7 +21,9 @@ from bench.workload import Batch, Models, Outcome
 from deploy.check import BASE, GUIDE, TRIMTAB
 from deploy.evaluation.service import LOOPBACK, Cluster
 
-OBJECT_STORE_BYTES = 100 * 2**20
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Room for the output function of a guide with --rows hidden_states."""
+
 REQUEST_TIMEOUT_S = 1800.0
 
 
@@ -82,13 +84,18 @@ class Http:
 
 
 @contextmanager
-def running_service(models: Models) -> Iterator[str]:
-    """Serve the models on a Ray cluster that lives as long as the context; yield its URL."""
+def running_service(models: Models, config: dict[str, Any] | None = None) -> Iterator[str]:
+    """Serve the models on a Ray cluster that lives as long as the context; yield its URL.
+
+    Args:
+        models: what is served.
+        config: a parsed deploy.yaml in place of `service_config(models)`.
+    """
     # Not in /tmp/ray: what is started here is not to be found by others, and leaves nothing.
     directory = tempfile.mkdtemp(prefix="tb-")
     try:
         with _cluster(directory) as (cluster, port):
-            cluster.deploy(service_config(models))
+            cluster.deploy(config or service_config(models))
             yield f"http://{LOOPBACK}:{port}"
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -137,14 +144,14 @@ def service_config(models: Models) -> dict[str, Any]:
     base = str(models.base)
     applications = [{"name": BASE, "import_path": "deploy.applications:base", "args": {"model": base, **args}}]
     for name, path in models.guides.items():
-        guide = {"model": str(path), "base": base, **args}
+        guide = {"model": str(path), "base": base, "rows": models.rows, **args}
         applications.append({"name": GUIDE + name, "import_path": "deploy.applications:guide", "args": guide})
     user_config = {"guides": list(models.guides), "profiles": {}}
     trimtab = {
         "name": TRIMTAB,
         "route_prefix": "/",
         "import_path": "deploy.applications:trimtab",
-        "args": {},
+        "args": {"exchange": {"transport": models.transport}},
         "deployments": [{"name": name, "user_config": user_config} for name in ("Gateway", "Coordinator")],
     }
     return {"applications": [*({**application, "route_prefix": None} for application in applications), trimtab]}

@@ -6,6 +6,7 @@ steps of decoding count: every sequence appends one token to every model.
 * plan, merge, draw, commit: in the coordinator, one after the other. `text` runs beside the models.
 * base, guide: the forward pass in the replica, `guide` that of the slowest one. Base and guides run at the same time,
   on the same cores if there are no others.
+* output: hidden states to logits, where guides send these (--rows hidden_states); before merge.
 * exchange: from the first step message sent to the last rows landed, less the longest forward pass.
 * rest: what is left of the time from one step to the next.
 """
@@ -22,6 +23,7 @@ from actors.coordinator.lane import Lane
 from actors.coordinator.sequence import LiveSequence, Voice
 from actors.coordinator.text import TextWriter
 from actors.guidance import Sampling
+from actors.guidance.output import OutputFunction
 from actors.settings import Limits
 from actors.vocabularies import load_tokenizer
 from bench.recorder import Breakdown, Recorder, TimedStream, summarise
@@ -41,18 +43,24 @@ def measure_steps(
     used = list(models.guides.values())[: max(num_guides)]
     breakdowns = []
     with ExitStack() as stack:
-        replicas = [stack.enter_context(remote_replica(path, models)) for path in (models.base, *used)]
+        replicas = [stack.enter_context(remote_replica(models.base, models))]
+        replicas += [stack.enter_context(remote_replica(path, models, models.rows)) for path in used]
+        outputs = [replica.output() for replica in replicas]
         for guides in num_guides:
             for sequences in concurrency:
                 # The first is the warm-up.
                 for num_tokens in (min(4, max_tokens), max_tokens):
                     batch = prompts.batch(sequences, max_tokens=num_tokens, num_guides=guides)
-                    breakdown = asyncio.run(_measure(replicas[: guides + 1], models, batch))
+                    voices = list(zip(replicas[: guides + 1], outputs, strict=False))
+                    breakdown = asyncio.run(_measure(voices, models, batch))
                 breakdowns.append(breakdown)
     return breakdowns
 
 
-async def _measure(replicas: Sequence[RemoteReplica], models: Models, batch: Batch) -> Breakdown:
+async def _measure(
+    voices: Sequence[tuple[RemoteReplica, OutputFunction | None]], models: Models, batch: Batch
+) -> Breakdown:
+    replicas, outputs = zip(*voices, strict=True)
     coordinator, recorder, limits = uuid.uuid4().hex, Recorder(), Limits()
     tokenizer = load_tokenizer(str(models.base)).backend_tokenizer
     streams: list[TimedStream] = []
@@ -63,19 +71,23 @@ async def _measure(replicas: Sequence[RemoteReplica], models: Models, batch: Bat
             leases = [replica.lease(coordinator, str(i), prompt) for i, prompt in enumerate(batch.prompts)]
             prompts.append([lease.prompt_tokens for lease in leases])
             stream = await TimedStream.connect(
-                leases[0].address, token=leases[0].token, coordinator=coordinator, timeout_s=10.0, keepalive_s=30.0
+                leases[0].address,
+                token=leases[0].token,
+                coordinator=coordinator,
+                transport=models.transport,
+                timeout_s=10.0,
+                keepalive_s=30.0,
             )
             stream.recorder = recorder
             streams.append(stream)
         for i, seed in enumerate(batch.seeds):
-            voices = [
-                Voice(f"voice {number}", WEIGHT if number else 1.0, stream, list(prompts[number][i]))
-                for number, stream in enumerate(streams)
-            ]
             sequences.append(
                 LiveSequence(
                     key=str(i),
-                    voices=voices,
+                    voices=[
+                        Voice(f"voice {n}", WEIGHT if n else 1.0, stream, list(prompts[n][i]), output=outputs[n])
+                        for n, stream in enumerate(streams)
+                    ],
                     sampling=Sampling(seed=seed),
                     max_tokens=batch.max_tokens,
                     end_tokens=(),
@@ -104,7 +116,7 @@ async def _read(sequence: LiveSequence) -> None:
 
 def table(breakdowns: Sequence[Breakdown]) -> str:
     """Return the breakdowns as a table: milliseconds, and megabytes moved."""
-    parts = ["step", "plan", "base", "guide", "exchange", "merge", "draw", "commit", "rest", "text"]
+    parts = ["step", "plan", "base", "guide", "exchange", "output", "merge", "draw", "commit", "rest", "text"]
     header = ["sequences", "guides", *parts, "outside models", "MB moved"]
     rows = []
     for breakdown in breakdowns:

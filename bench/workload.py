@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from actors.engine import RowKind
 from actors.prompts import Prompt, PromptEncoder
 from actors.settings import CHECKOUT
+from cluster.exchange import Transport
 
 PROMPTS = CHECKOUT / "deploy" / "guides" / "heldout_prompts.jsonl"
 NUM_TEXTS = 16
@@ -21,7 +23,7 @@ WEIGHT = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """The models of one measurement, in directories whose texts do not end."""
+    """The models of one measurement, in directories whose texts do not end, and how they are served."""
 
     base: Path
     guides: dict[str, Path]
@@ -31,6 +33,11 @@ class Models:
     threads: int
     max_sequences: int
     max_context: int
+    rows: RowKind = "logits"
+    """What the guides' replicas send."""
+
+    transport: Transport = "auto"
+    """How rows travel from replicas."""
 
     @property
     def cache_tokens(self) -> int:

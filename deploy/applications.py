@@ -20,12 +20,12 @@ HEALTH_CHECK = {"health_check_period_s": 2, "health_check_timeout_s": 10}
 
 def base(args: BaseModelSettings) -> Application:
     """`trimtab-base`: the frozen base model."""
-    return serve.deployment(BaseModel, **_model_options(args)).bind(args)
+    return serve.deployment(BaseModel, **model_options(args)).bind(args)
 
 
 def guide(args: GuideSettings) -> Application:
     """`trimtab-guide-<name>`: one autoregressive reward model."""
-    return serve.deployment(Guide, **_model_options(args)).bind(args)
+    return serve.deployment(Guide, **model_options(args)).bind(args)
 
 
 def trimtab(args: CoordinatorSettings) -> Application:
@@ -35,7 +35,8 @@ def trimtab(args: CoordinatorSettings) -> Application:
     return serve.deployment(Gateway, **light).bind(coordinator, args.limits.deadline_s)
 
 
-def _model_options(args: BaseModelSettings) -> dict[str, Any]:
+def model_options(args: BaseModelSettings) -> dict[str, Any]:
+    """How Serve runs a deployment that holds a model."""
     resources = args.resources
     return {
         # A lease lasts as long as its sequence: Serve lets in as many as the engine has room for.

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 from transformers import AutoConfig
 
+from actors.engine.output import check_family
 from actors.guidance import check_vocabulary
 from actors.settings import BaseModelSettings, CoordinatorSettings, GuidanceSettings, GuideSettings
 from actors.vocabularies import load_tokenizer, read_vocabulary
@@ -139,9 +140,10 @@ def _check_models(settings: Mapping[str, BaseModel]) -> None:
     for name, model in settings.items():
         if isinstance(model, BaseModelSettings):
             try:
-                longest = getattr(AutoConfig.from_pretrained(model.model), "max_position_embeddings", None)
+                model_config = AutoConfig.from_pretrained(model.model)
             except (OSError, ValueError) as error:
                 raise InvalidConfiguration(f"{name}: the model {model.model!r} cannot be read: {error}") from error
+            longest = getattr(model_config, "max_position_embeddings", None)
             if longest is not None and model.max_context > longest:
                 raise InvalidConfiguration(
                     f"{name}: max_context is {model.max_context}, but {model.model} can take {longest} tokens"
@@ -149,6 +151,8 @@ def _check_models(settings: Mapping[str, BaseModel]) -> None:
         if isinstance(model, GuideSettings):
             if model.base != base.model:
                 raise InvalidConfiguration(f"{name}: base is {model.base}, but {BASE} serves {base.model}")
+            if model.rows == "hidden_states":
+                check_family(model_config, f"{model.model} ({name})")
             check_vocabulary(
                 read_vocabulary(model.base, load_tokenizer(model.base)),
                 read_vocabulary(model.model, load_tokenizer(model.model)),

@@ -5,19 +5,36 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
-from ray.serve.handle import DeploymentHandle
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from actors.coordinator.sequence import Piece
 from actors.settings import NO_GUIDANCE, GuidanceSettings, parse_guidance
-from cluster.errors import DeadlineExceeded
+from cluster.delivery import Feed, Inbox
+from cluster.errors import DeadlineExceeded, ReplicaLost, TrimtabError
 from deploy.openai_schema import Answer, ChatCompletionRequest, CompletionRequest, TextRequest
 from deploy.responses import RETRY_AFTER_S, answer_errors, stream_events
 
 app = FastAPI(title="Trimtab", description="Weak-to-strong guided generation")
 answer_errors(app)
+
+
+# Above the class: `serve.ingress` takes the app, and what its methods use, as they are at that moment.
+async def _follow(call: DeploymentResponse, feed: Feed) -> None:
+    """Tell the feed how its call ended."""
+    try:
+        feed.settle(await call)
+    except (TrimtabError, RayTaskError) as error:
+        feed.fail(error)
+    except (RayError, RayServeException) as error:
+        feed.fail(ReplicaLost(f"the coordinator was lost: {error}"))
+    except Exception as error:
+        feed.fail(TrimtabError(f"the coordinator failed: {error!r}"))
 
 
 @serve.ingress(app)
@@ -29,6 +46,8 @@ class Gateway:
         # The coordinator's own deadline comes first and says more; this one is for a coordinator that is not there.
         self._deadline_s = deadline_s + 10
         self._guidance = GuidanceSettings()
+        self._inbox: Inbox | None = None
+        self._starting = asyncio.Lock()
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take new profiles.
@@ -72,7 +91,7 @@ class Gateway:
         if not request.stream:
             return JSONResponse(answer.whole(await self._generate(request)))
         pieces = self._stream(request)
-        # The first piece decides between an error's own status and a stream.
+        # The first pieces decide between an error's own status and a stream.
         first = await anext(pieces)
         events = stream_events(answer, first, pieces, with_usage=request.wants_usage_chunk)
         return StreamingResponse(events, media_type="text/event-stream")
@@ -86,18 +105,32 @@ class Gateway:
         finally:
             call.cancel()
 
-    async def _stream(self, request: TextRequest) -> AsyncGenerator[Piece, None]:
-        """An answer piece by piece; given up when the client leaves."""
-        call = self._coordinator.options(stream=True).stream.remote(**request.fields())
-        try:
-            while True:
-                async with self._deadline():
-                    piece = await anext(call)
-                yield piece
-                if piece["finish_reason"] is not None:
-                    return
-        finally:
-            call.cancel()
+    async def _stream(self, request: TextRequest) -> AsyncGenerator[list[Piece], None]:
+        """An answer in pieces, as many at a time as there are; given up when the client leaves."""
+        inbox = await self._open_inbox()
+        with inbox.open() as feed:
+            call = self._coordinator.deliver.remote(feed.destination, **request.fields())
+            following = asyncio.create_task(_follow(call, feed))
+            try:
+                while True:
+                    async with self._deadline():
+                        pieces = await feed.read()
+                    if not pieces:
+                        return
+                    yield pieces
+            finally:
+                if not following.done():
+                    call.cancel()
+                    following.cancel()
+
+    async def _open_inbox(self) -> Inbox:
+        """Where coordinators bring the pieces of all streams."""
+        async with self._starting:
+            if self._inbox is None:
+                inbox = Inbox(ray.util.get_node_ip_address())
+                await inbox.start()
+                self._inbox = inbox
+        return self._inbox
 
     @asynccontextmanager
     async def _deadline(self) -> AsyncIterator[None]:

@@ -41,29 +41,37 @@ def answer_errors(app: FastAPI) -> None:
 
 
 async def stream_events(
-    answer: Answer, first: Piece, pieces: AsyncGenerator[Piece, None], *, with_usage: bool
+    answer: Answer, first: list[Piece], rest: AsyncGenerator[list[Piece], None], *, with_usage: bool
 ) -> AsyncIterator[str]:
-    """Yield a stream's events; an error after the first token is the last of them.
+    """Yield a stream's events, those that are due at once together; an error after the first token is the last of them.
 
     Args:
         answer: forms the chunks.
-        first: the first piece.
-        pieces: those after it; closed when the stream ends.
+        first: the first pieces, at least one.
+        rest: those after them; closed when the stream ends.
         with_usage: whether a last chunk gives the token counts.
     """
-    piece = first
+    pieces = first
     try:
-        yield _event(answer.chunk(piece))
-        async for piece in pieces:
-            yield _event(answer.chunk(piece))
-        if with_usage:
-            yield _event(answer.usage_chunk(piece["usage"]))
-        yield "data: [DONE]\n\n"
+        yield _events(answer, pieces, with_usage=with_usage)
+        async for pieces in rest:
+            yield _events(answer, pieces, with_usage=with_usage)
     except FAILURES as error:
         _, detail = _describe(error)
         yield _event({"error": detail.model_dump()})
     finally:
-        await pieces.aclose()
+        await rest.aclose()
+
+
+def _events(answer: Answer, pieces: list[Piece], *, with_usage: bool) -> str:
+    """The events of some pieces; after the answer's last one, those that end the stream."""
+    events = [_event(answer.chunk(piece)) for piece in pieces]
+    last = pieces[-1]
+    if last["finish_reason"] is not None:
+        if with_usage:
+            events.append(_event(answer.usage_chunk(last["usage"])))
+        events.append("data: [DONE]\n\n")
+    return "".join(events)
 
 
 def _event(body: dict[str, Any]) -> str:

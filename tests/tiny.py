@@ -21,10 +21,14 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -132,8 +136,27 @@ def gpt_neox(vocabulary_size: int = VOCABULARY_SIZE, *, seed: int = 0, **setting
     return _build(GPTNeoXForCausalLM, GPTNeoXConfig(**{**_COMMON, **own, **settings}), seed)
 
 
+def granite(vocabulary_size: int = VOCABULARY_SIZE, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Return a Granite: a Llama with factors of its own on embeddings, scores, residuals and logits."""
+    own = {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.5,
+        "vocab_size": vocabulary_size,
+    }
+    return _build(GraniteForCausalLM, GraniteConfig(**{**_GROUPED, **own, **settings}), seed)
+
+
+def phi(vocabulary_size: int = VOCABULARY_SIZE, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Return a Phi: attention beside the other half of a layer, biases everywhere, on logits too."""
+    own = {"intermediate_size": 48, "vocab_size": vocabulary_size}
+    return _build(PhiForCausalLM, PhiConfig(**{**_COMMON, **own, **settings}), seed)
+
+
 ARCHITECTURES: Mapping[str, Callable[..., PreTrainedModel]] = {
-    build.__name__: build for build in (llama, qwen2, qwen3, mistral, gemma, gemma2, gemma3, gpt2, gpt_neox)
+    build.__name__: build
+    for build in (llama, qwen2, qwen3, mistral, gemma, gemma2, gemma3, gpt2, gpt_neox, granite, phi)
 }
 """Every builder by name, to parametrise tests with."""
 

@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 from tokenizers import Tokenizer
 
 from actors.coordinator.lane import Lane
-from actors.coordinator.replicas import Replicas
+from actors.coordinator.replicas import Place, Replicas
 from actors.coordinator.request import Generation, parse_request
 from actors.coordinator.sequence import LiveSequence, Piece, Voice
 from actors.coordinator.text import TextWriter
 from actors.guidance.drawing import warm_up
 from actors.leases import BaseDescription, Lease, LeaseRequest
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
-from cluster.errors import DeadlineExceeded, InvalidConfiguration, InvalidRequest, Overloaded
+from cluster.delivery import Destination, Outlets, Receipt
+from cluster.errors import DeadlineExceeded, InvalidConfiguration, InvalidRequest, Overloaded, TrimtabError
 from cluster.exchange import StepStream
 
 T = TypeVar("T")
@@ -27,6 +28,7 @@ class Coordinator:
 
     `generate` and `stream` take the fields of `GenerationRequest` as keywords. Both are called through a handle:
     `serve.get_deployment_handle("Coordinator", "trimtab").generate.remote(prompt="Once", weights={"kind": 1.0})`.
+    `deliver` is for gateways: it writes many answers into one inbox at little cost.
     """
 
     def __init__(self, settings: CoordinatorSettings) -> None:
@@ -35,6 +37,7 @@ class Coordinator:
         self._limits = settings.limits
         self._guidance = GuidanceSettings()
         self._replicas = Replicas(self._id, settings.exchange.transport)
+        self._outlets = Outlets()
         self._lanes: dict[StepStream, Lane] = {}
         self._num_open = 0
         self._bases: dict[str, tuple[BaseDescription, Tokenizer]] = {}
@@ -77,6 +80,22 @@ class Coordinator:
                 if piece["finish_reason"] is not None:
                     return
 
+    async def deliver(self, destination: Destination, /, **fields: Any) -> Receipt:
+        """Put the pieces of an answer into a gateway's feed as they are written; return when the last one is sent.
+
+        The receipt has the errors of `stream`, so that the reader can take them after the pieces before them.
+        """
+        num_pieces = 0
+        try:
+            outlet = await self._outlets.reach(destination)
+            async with aclosing(self.stream(**fields)) as pieces:
+                async for piece in pieces:
+                    outlet.put(destination.key, piece)
+                    num_pieces += 1
+        except TrimtabError as error:
+            return Receipt(num_items=num_pieces, error=error)
+        return Receipt(num_items=num_pieces)
+
     @contextmanager
     def _admit(self) -> Iterator[None]:
         """Count an open request, of which there may be so many."""
@@ -101,7 +120,7 @@ class Coordinator:
         """A sequence that takes part in its base's lane."""
         key = uuid.uuid4().hex
         async with AsyncExitStack() as leases:
-            granted: dict[str, tuple[Lease, StepStream]] = {}
+            places: dict[str, Place] = {}
             # Guides first, in one order for all, and the base last: two sequences never wait for each other.
             for name in (*request.weights, NO_GUIDANCE):
                 wanted = LeaseRequest(
@@ -110,24 +129,24 @@ class Coordinator:
                     prompt=request.prompt,
                     known_bases=frozenset(self._bases),
                 )
-                granted[name] = await leases.enter_async_context(self._replicas.lease(name, wanted))
-            base_lease, base_stream = granted[NO_GUIDANCE]
-            for name, (lease, _) in granted.items():
-                if lease.base_vocabulary != base_lease.base_vocabulary:
+                places[name] = await leases.enter_async_context(self._replicas.lease(name, wanted))
+            base = places[NO_GUIDANCE]
+            for name, place in places.items():
+                if place.lease.base_vocabulary != base.lease.base_vocabulary:
                     raise InvalidConfiguration(f"guide {name!r} was made for another base; correct `base` in its args")
-            description, tokenizer = self._learn(base_lease)
+            description, tokenizer = self._learn(base.lease)
             sequence = LiveSequence(
                 key=key,
                 voices=[
-                    Voice(name, request.weights.get(name, 1.0), granted[name][1], list(granted[name][0].prompt_tokens))
+                    _voice(name, request.weights.get(name, 1.0), places[name])
                     for name in (NO_GUIDANCE, *request.weights)
                 ],
                 sampling=request.sampling,
-                max_tokens=_max_tokens(request, {name: lease for name, (lease, _) in granted.items()}),
+                max_tokens=_max_tokens(request, {name: place.lease for name, place in places.items()}),
                 end_tokens=description.end_tokens,
-                writer=TextWriter(tokenizer, base_lease.prompt_tokens, request.stop),
+                writer=TextWriter(tokenizer, base.lease.prompt_tokens, request.stop),
             )
-            lane = self._lane(base_stream)
+            lane = self._lane(base.stream)
             lane.add(sequence)
             try:
                 yield sequence
@@ -148,7 +167,12 @@ class Coordinator:
         return self._bases[lease.fingerprint]
 
     async def __del__(self) -> None:
+        await self._outlets.close()
         await self._replicas.close()
+
+
+def _voice(name: str, weight: float, place: Place) -> Voice:
+    return Voice(name, weight, place.stream, list(place.lease.prompt_tokens), output=place.output)
 
 
 def _max_tokens(request: Generation, leases: Mapping[str, Lease]) -> int:

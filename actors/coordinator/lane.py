@@ -4,9 +4,10 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
+from actors.coordinator.outputs import logits_by_voice
 from actors.coordinator.plan import Message, Part, plan_step
 from actors.coordinator.sequence import LiveSequence
-from actors.guidance import drawing
+from actors.guidance import Guidance, drawing
 from actors.settings import Limits
 from cluster.errors import DeadlineExceeded, EngineError, Preempted, ReplicaLost, TrimtabError
 from cluster.exchange import Rows
@@ -183,9 +184,10 @@ class Lane:
 
 def merge_and_draw(sequences: Sequence[LiveSequence]) -> list[int | None]:
     """Return the next token of each sequence, from the rows of all its voices; None where they hold NaN or no best."""
+    logits = logits_by_voice(voice for sequence in sequences for voice in sequence.voices)
     return drawing.merge_and_draw(
-        [sequence.base_row() for sequence in sequences],
-        [sequence.guidance() for sequence in sequences],
+        [logits[sequence.voices[0]] for sequence in sequences],
+        [[Guidance(voice.weight, logits[voice]) for voice in sequence.voices[1:]] for sequence in sequences],
         [sequence.sampling for sequence in sequences],
         [len(sequence.output) for sequence in sequences],
         [0] * len(sequences),

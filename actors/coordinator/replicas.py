@@ -4,12 +4,15 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from actors.coordinator.outputs import OutputFunctions
+from actors.guidance.output import OutputFunction
 from actors.leases import Lease, LeaseRequest, Refusal
 from actors.settings import NO_GUIDANCE
 from cluster.errors import InvalidRequest, ReplicaLost
@@ -27,6 +30,16 @@ def model_handle(name: str) -> Any:
     return serve.get_deployment_handle("Guide", f"trimtab-guide-{name}")
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Room for a sequence on a replica."""
+
+    lease: Lease
+    stream: StepStream
+    output: OutputFunction | None
+    """What turns the stream's rows into logits; none where they are logits."""
+
+
 class Replicas:
     """Takes leases for one coordinator and keeps one stream open to each replica on which it has any."""
 
@@ -34,11 +47,13 @@ class Replicas:
         self._coordinator = coordinator
         self._transport: Transport = transport
         self._streams: dict[str, StepStream] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._outputs = OutputFunctions()
         self._connecting: dict[str, asyncio.Lock] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def lease(self, name: str, request: LeaseRequest) -> AsyncIterator[tuple[Lease, StepStream]]:
+    async def lease(self, name: str, request: LeaseRequest) -> AsyncIterator[Place]:
         """Hold room for a sequence on a replica of the base or of a guide, which Serve picks.
 
         Raises:
@@ -52,7 +67,7 @@ class Replicas:
         try:
             grant = await self._first(name, call)
             stream = await self._stream(grant)
-            yield grant, stream
+            yield Place(grant, stream, await self._outputs.get(grant))
         finally:
             call.cancel()
 
@@ -79,12 +94,14 @@ class Replicas:
                 )
                 logger.info("steps to %s travel by %s", lease.replica, stream.transport)
                 self._streams[lease.address] = stream
+                self._fingerprints[lease.address] = lease.fingerprint
                 stream.lost.add_done_callback(lambda _: self._forget(lease.address, stream))
         return stream
 
     def _forget(self, address: str, stream: StepStream) -> None:
         if self._streams.get(address) is stream:
-            del self._streams[address]
+            del self._streams[address], self._fingerprints[address]
+            self._outputs.keep(self._fingerprints.values())
         closing = asyncio.get_running_loop().create_task(stream.close())
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)

@@ -8,7 +8,8 @@ from typing import Literal, Protocol, TypedDict
 from torch import Tensor
 
 from actors.coordinator.text import TextWriter
-from actors.guidance import Guidance, Sampling
+from actors.guidance import Sampling
+from actors.guidance.output import OutputFunction
 from cluster.exchange import Rows, Work
 
 FinishReason = Literal["stop", "length"]
@@ -61,7 +62,10 @@ class Voice:
     """Whether a step of this voice is on its way."""
 
     row: Tensor | None = None
-    """Logits of the next token, once the replica holds all tokens."""
+    """The replica's row for the next token, once it holds all tokens: logits, or what `output` makes logits of."""
+
+    output: OutputFunction | None = None
+    """Of a replica whose rows are hidden states."""
 
     @property
     def num_pending(self) -> int:
@@ -109,20 +113,6 @@ class LiveSequence:
     def can_draw(self) -> bool:
         """Whether every voice has given its row."""
         return self.is_live and all(voice.row is not None for voice in self.voices)
-
-    def base_row(self) -> Tensor:
-        """The base's logits for the next token, [V]."""
-        row = self.voices[0].row
-        assert row is not None
-        return row
-
-    def guidance(self) -> list[Guidance]:
-        """The guides' logits for the next token with their weights."""
-        guidance = []
-        for voice in self.voices[1:]:
-            assert voice.row is not None
-            guidance.append(Guidance(voice.weight, voice.row))
-        return guidance
 
     def commit(self, token: int) -> None:
         """Append a drawn token everywhere; end at an end token or at the last that was asked for."""

@@ -2,7 +2,7 @@
 
 Called from one thread; knows nothing of other threads, Ray or asyncio.
 
-Shapes: R asked rows, V vocabulary.
+Shapes: R asked rows, V vocabulary, D hidden width.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,11 @@ from actors.engine.cache import LayerCache
 from actors.engine.fingerprint import fingerprint
 from actors.engine.inspection import inspect_model, model_name
 from actors.engine.loading import load_model
+from actors.engine.output import RowKind, output_function
 from actors.engine.plan import PlacedWork, StepPlan, Work
+from actors.engine.processor import prepare_for_processor
 from actors.engine.verification import verify
+from actors.guidance.output import OutputFunction
 from cluster.errors import EngineError, InvalidConfiguration
 
 BLOCK_SIZE = 16
@@ -46,7 +49,13 @@ class Engine:
     """A causal language model with a batched key-value cache: append tokens, get logits, roll back."""
 
     vocabulary_size: int
-    """Columns of a row: the width of the model's output layer."""
+    """Columns of the logits: the width of the model's output layer."""
+
+    row_width: int
+    """Elements of a row: `vocabulary_size`, or the hidden width."""
+
+    output: OutputFunction | None
+    """What turns rows into logits, on the processor; none where they are logits already."""
 
     num_token_ids: int
     """Token ids that the model can read are below this."""
@@ -66,12 +75,18 @@ class Engine:
     counters: Counters
 
     def __init__(
-        self, model: PreTrainedModel, *, max_sequences: int, max_context: int, cache_tokens: int | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        max_sequences: int,
+        max_context: int,
+        cache_tokens: int | None = None,
+        rows: RowKind = "logits",
     ) -> None:
         """Take a model over: its attention is the engine's from now on. Allocates the whole cache.
 
         Raises:
-            InvalidConfiguration: a limit that cannot be, or a model that the engine cannot run.
+            InvalidConfiguration: a limit that cannot be, or a model that the engine cannot run, or not with such rows.
         """
         cache_tokens = max(DEFAULT_CACHE_TOKENS, max_context) if cache_tokens is None else cache_tokens
         _check_limits(model, max_sequences, max_context, cache_tokens)
@@ -86,9 +101,13 @@ class Engine:
         }
         self._tables: dict[str, BlockTable] = {}
         self.vocabulary_size = inspection.num_columns
+        self.output = output_function(model) if rows == "hidden_states" else None
+        self.row_width = self.vocabulary_size if self.output is None else self.output.weight_VD.shape[1]
         self.num_token_ids = model.get_input_embeddings().weight.shape[0]
         self.dtype = model.dtype
         self.fingerprint = fingerprint(model)
+        # After all that reads the weights: it lays some of them out anew.
+        prepare_for_processor(model)
         self.max_sequences = max_sequences
         self.max_context = max_context
         self.counters = Counters()
@@ -107,6 +126,7 @@ class Engine:
         cache_tokens: int | None = None,
         threads: int | None = None,
         device: str | torch.device = "cpu",
+        rows: RowKind = "logits",
     ) -> "Engine":
         """Load a model and make an engine of it.
 
@@ -118,16 +138,17 @@ class Engine:
             cache_tokens: how many all sequences together can hold; 16,384 or `max_context` if absent.
             threads: processor threads of this whole process; none leaves them as they are.
             device: where the model computes.
+            rows: what a row is: next-token logits, or the last hidden states that `output` turns into these.
 
         Raises:
-            InvalidConfiguration: the model cannot be loaded, or the engine cannot run it with these limits.
+            InvalidConfiguration: the model cannot be loaded, or the engine cannot run it with these limits and rows.
         """
         if threads is not None:
             if threads < 1:
                 raise InvalidConfiguration(f"threads: {threads} is less than 1; leave it out to use all cores")
             torch.set_num_threads(threads)
         loaded = load_model(model, dtype=dtype, device=device)
-        return cls(loaded, max_sequences=max_sequences, max_context=max_context, cache_tokens=cache_tokens)
+        return cls(loaded, max_sequences=max_sequences, max_context=max_context, cache_tokens=cache_tokens, rows=rows)
 
     @property
     def cache_bytes(self) -> int:
@@ -186,7 +207,7 @@ class Engine:
 
         Returns:
             Next-token logits [R, V] in the model's dtype, on its device: rows in the order of the work, then of
-            each one's rows.
+            each one's rows. Where there is an `output`, the hidden states [R, D] that it turns into these.
 
         Raises:
             EngineError: an item cannot be done; no sequence has changed then, nor after any other error.
@@ -198,24 +219,27 @@ class Engine:
             seen.add(item.sequence)
             self.check(item)
         if not work:
-            return torch.empty(0, self.vocabulary_size, dtype=self.dtype, device=self._model.device)
+            return torch.empty(0, self.row_width, dtype=self.dtype, device=self._model.device)
         self._reserve_all(work)
         placed = [PlacedWork(item, self._places(self._tables[item.sequence], len(item.tokens))) for item in work]
         plan = StepPlan(placed, self._caches, self._model.device)
         with attending(plan):
-            output = self._model(
-                input_ids=plan.tokens_N[None],
-                position_ids=plan.positions_N[None],
-                use_cache=False,
-                logits_to_keep=plan.rows_R,
-            )
-        logits: Tensor = output.logits[0].to(self.dtype)
+            rows = self._forward(plan).to(self.dtype)
         for item in work:
             self._pool.commit(self._tables[item.sequence], item.tokens)
         self.counters.num_steps += 1
-        self.counters.num_rows += len(logits)
+        self.counters.num_rows += len(rows)
         self.counters.num_computed_tokens += len(plan.tokens_N)
-        return logits
+        return rows
+
+    def _forward(self, plan: StepPlan) -> Tensor:
+        """Run the model on a step's tokens, and its output layer too if rows are logits; return the asked rows."""
+        inputs = {"input_ids": plan.tokens_N[None], "position_ids": plan.positions_N[None], "use_cache": False}
+        if self.output is None:
+            logits: Tensor = self._model(**inputs, logits_to_keep=plan.rows_R).logits[0]
+            return logits
+        hidden: Tensor = self._model.base_model(**inputs).last_hidden_state[0]
+        return hidden[plan.rows_R]
 
     def check(self, item: Work, length: int | None = None) -> None:
         """Check that a sequence can take its part of a step, so that it spoils no other's.

@@ -6,7 +6,7 @@ cache has no room for a sequence, others are preempted, the youngest first: roll
 from their first token. Tasks that begin there simply wait for room, so nothing fails for lack of it. Called from one
 thread, like the engine.
 
-Shapes: R rows of a pass, V vocabulary.
+Shapes: R rows of a pass, W their width: the vocabulary's, or that of hidden states.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ MIN_SHARED = 16
 class PassRow(NamedTuple):
     """One of the rows that a pass computed."""
 
-    rows_RV: Tensor
+    rows_RW: Tensor
     row: int
 
 
@@ -41,7 +41,7 @@ class Task:
 
     tokens: Sequence[int]
     rows: Sequence[int]
-    """Indices into `tokens` whose next-token logits are wanted."""
+    """Indices into `tokens` whose next-token rows are wanted."""
 
     found: dict[int, PassRow] = field(default_factory=dict)
     """Rows that were computed, by their index."""
@@ -130,13 +130,13 @@ class Schedule:
         """
         work = self._plan()
         starts = [self._engine.length(item.sequence) for item in work]
-        rows_RV = self._engine.step(work)
+        rows_RW = self._engine.step(work)
         done, self._preempted = self._preempted, []
         index = 0
         for item, start in zip(work, starts, strict=True):
             task = self._tasks[item.sequence]
             for row in item.rows:
-                task.found[start + row - task.length] = PassRow(rows_RV, index)
+                task.found[start + row - task.length] = PassRow(rows_RW, index)
                 index += 1
             if not self._pending(item.sequence):
                 done.append(self._tasks.pop(item.sequence))
@@ -235,11 +235,11 @@ class Schedule:
 
 
 def gather_rows(tasks: Sequence[Task], engine: Engine) -> Tensor:
-    """Return the rows [R, V] of tasks that are done, in their order; without a copy where they lie so already."""
+    """Return the rows [R, W] of tasks that are done, in their order; without a copy where they lie so already."""
     found = [task.found[row] for task in tasks for row in task.rows]
     if not found:
-        return torch.empty(0, engine.vocabulary_size, dtype=engine.dtype)
-    rows_RV, first = found[0]
-    if all(row.rows_RV is rows_RV and row.row == first + i for i, row in enumerate(found)):
-        return rows_RV[first : first + len(found)]
-    return torch.stack([row.rows_RV[row.row] for row in found])
+        return torch.empty(0, engine.row_width, dtype=engine.dtype)
+    rows_RW, first = found[0]
+    if all(row.rows_RW is rows_RW and row.row == first + i for i, row in enumerate(found)):
+        return rows_RW[first : first + len(found)]
+    return torch.stack([row.rows_RW[row.row] for row in found])

@@ -6,6 +6,8 @@ positions that a model counts by itself) shows as other logits.
 Shapes: P positions, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -53,14 +55,19 @@ def verify(engine: "Engine", model: PreTrainedModel) -> None:
         raise unsupported(name, f"its logits differ by {difference:.2g} from the model's own, by {limit:.2g} at most")
 
 
-def _logits_by_model(model: PreTrainedModel, tokens: list[int]) -> Tensor:
-    # Eager attention is each architecture's own definition.
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let an engine's model attend as its architecture defines it, which is transformers' eager attention."""
     model.set_attn_implementation("eager")
     try:
-        with torch.inference_mode():
-            logits: Tensor = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0]
+        yield
     finally:
         model.set_attn_implementation(IMPLEMENTATION)
+
+
+def _logits_by_model(model: PreTrainedModel, tokens: list[int]) -> Tensor:
+    with own_attention(model), torch.inference_mode():
+        logits: Tensor = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0]
     return logits.to(model.dtype)
 
 
@@ -78,7 +85,9 @@ def _logits_by_engine(engine: "Engine", tokens: list[int]) -> Tensor:
         work = [Work(names[0], chunk, range(len(chunk)))]
         if start > 0:
             work += [Work(name, tokens[:1], ()) for name in names[1:] if _has_room(engine, name)]
-        logits.append(engine.step(work))
+        rows = engine.step(work)
+        # Output functions are on the processor.
+        logits.append(rows if engine.output is None else engine.output(rows.cpu()).to(rows.device))
     for name in names:
         engine.close(name)
     return torch.cat(logits)

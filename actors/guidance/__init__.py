@@ -4,6 +4,7 @@
     sampling     temperature, top-k, top-p and min-p
     noise        counter-based noise: the same seed and position give the same draw anywhere
     drawing      all of it for a step's rows, as the coordinator runs it: compiled
+    output       a model's hidden states to its logits
     vocabulary   which guides fit which base
     reference    the one-process loop that every other path must agree with, token by token
 

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,58 @@ def test_a_killed_coordinator_leaves_no_lease_behind() -> None:
             return False
 
     # Every place was taken: an answer means that the places were given back.
+    eventually(answers)
+
+
+def events(answer: requests.Response) -> Iterator[dict[str, Any]]:
+    """The chunks of a stream, up to its end."""
+    for line in answer.iter_lines():
+        if line.startswith(b"data: {"):
+            yield json.loads(line.removeprefix(b"data: "))
+
+
+def open_streams(service: Service, stack: ExitStack) -> list[Iterator[dict[str, Any]]]:
+    """As many endless streams over HTTP as there is room for, each with its first chunk read."""
+    body = {"model": "kinder", "prompt": "hello", "max_tokens": 19_000, "temperature": 0, "stream": True}
+    streams = []
+    for _ in range(ROOM):
+        answer = requests.post(f"{service.url}/v1/completions", json=body, stream=True, timeout=60)
+        streams.append(events(stack.enter_context(answer)))
+        assert "error" not in next(streams[-1])
+    return streams
+
+
+def room_is_free() -> bool:
+    """Whether an answer comes, for which one of the places must have been given back."""
+    try:
+        return len(Client().generate(**{**ENDLESS, "max_tokens": 3})["token_ids"]) == 3
+    except ReplicaLost:
+        return False
+
+
+def test_a_killed_coordinator_ends_http_streams_with_an_error(service: Service) -> None:
+    with ExitStack() as stack:
+        streams = open_streams(service, stack)
+        os.kill(process_of("Coordinator"), signal.SIGKILL)
+        for stream in streams:
+            *_, last = stream
+            assert last["error"]["type"] == "server_error"
+            assert "lost" in last["error"]["message"] or "connection" in last["error"]["message"]
+    eventually(room_is_free)
+
+
+def test_a_killed_gateway_frees_what_it_was_reading(service: Service) -> None:
+    with ExitStack() as stack:
+        streams = open_streams(service, stack)
+        os.kill(process_of("Gateway"), signal.SIGKILL)
+        eventually(room_is_free)
+        for stream in streams:
+            with contextlib.suppress(requests.RequestException):
+                assert all(chunk["choices"] for chunk in stream)
+
+    def answers() -> bool:
+        return requests.get(f"{service.url}/v1/models", timeout=60).status_code == 200
+
     eventually(answers)
 
 

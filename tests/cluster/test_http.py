@@ -92,6 +92,20 @@ def test_a_stream_gives_the_same_text_as_a_whole_answer(client: OpenAI, model: s
     assert chunks[-1].usage == whole.usage
 
 
+def test_many_streams_at_once_lose_and_mix_up_nothing(client: OpenAI) -> None:
+    def whole(seed: int) -> str:
+        return client.completions.create(**{**PLAIN, "model": "kinder", "seed": seed, "max_tokens": 60}).choices[0].text
+
+    def streamed(seed: int) -> str:
+        settings = {**PLAIN, "model": "kinder", "seed": seed, "max_tokens": 60}
+        return "".join(chunk.choices[0].text for chunk in client.completions.create(**settings, stream=True))
+
+    with ThreadPoolExecutor(24) as pool:
+        expected = list(pool.map(whole, range(24)))
+        assert list(pool.map(streamed, [*range(24), *range(24)])) == expected * 2
+    assert len(set(expected)) == 24
+
+
 def test_a_chat_stream_names_its_role_once_and_ends(client: OpenAI) -> None:
     chunks = list(client.chat.completions.create(model="kinder", messages=CHAT, max_tokens=6, seed=1, stream=True))
     assert [chunk.choices[0].delta.role for chunk in chunks] == ["assistant"] + [None] * (len(chunks) - 1)

@@ -1,5 +1,6 @@
-"""`serve run deploy.yaml`, as a new user starts it: it comes up, answers, and leaves nothing when it is stopped."""
+"""`serve run deploy.yaml`, as `make serve` starts it: it comes up, answers, and leaves nothing when it is stopped."""
 
+import os
 import signal
 import subprocess
 import time
@@ -29,7 +30,13 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (root / "log").open("wb") as log:
         command = [str(BIN / "serve"), "run", str(root / "deploy.yaml")]
         server = subprocess.Popen(
-            command, cwd=CHECKOUT, stdout=log, stderr=log, start_new_session=True, preexec_fn=_hear_ctrl_c
+            command,
+            cwd=CHECKOUT,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "RAY_SERVE_PROXY_USE_GRPC": "1"},
+            start_new_session=True,
+            preexec_fn=_hear_ctrl_c,
         )
     family: list[psutil.Process] = []
     try:
@@ -92,3 +99,11 @@ def test_base_and_guided_answers_come_and_differ(url: str) -> None:
             seed=1,
         )
         assert profile.choices[0].message.content == guided
+        streamed = client.chat.completions.create(
+            model="positive",
+            messages=QUESTION,
+            max_tokens=24,
+            seed=1,
+            stream=True,
+        )
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == guided

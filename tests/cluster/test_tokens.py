@@ -55,6 +55,8 @@ def service(request: pytest.FixtureRequest, deploy: Deploy, directories: dict[st
     chunks = {"max_prompt_tokens_per_step": 16}
     guides = {name: model_args(directories[name], base=directories["base"], **chunks) for name in GUIDES}
     guides["kind"]["cache_tokens"] = guides["kind"]["max_context"]
+    # Some send hidden states, one of them other logits than a plain product's.
+    guides["terse"]["rows"] = guides["wide"]["rows"] = "hidden_states"
     base = model_args(directories["base"], **chunks)
     deploy(service_config(base, guides, exchange={"transport": request.param}))
 

@@ -1,6 +1,7 @@
 """The benchmark's own arithmetic, and that its systems write what they say. No time is asserted."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,15 @@ def test_steps_are_broken_down_with_real_replicas(models: Models) -> None:
     text = report({"cores": "2"}, samples(), [breakdown])
     assert "transformers generate" in text
     assert "MB moved" in text
+
+
+def test_the_steps_of_guides_that_send_hidden_states_are_broken_down(models: Models) -> None:
+    models = replace(models, rows="hidden_states", transport="grpc")
+    prompts = Prompts(load_tokenizer(str(models.base)))
+    (breakdown,) = measure_steps(models, prompts, concurrency=[2], num_guides=[1], max_tokens=6)
+    assert breakdown.bytes_moved == 2 * (tiny.VOCABULARY_SIZE + 32) * 4
+    assert breakdown.output is not None
+    assert breakdown.output > 0
 
 
 def test_a_system_in_a_process_of_its_own_answers_and_ends(models: Models) -> None:

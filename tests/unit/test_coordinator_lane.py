@@ -12,7 +12,7 @@ from actors.coordinator.lane import Lane
 from actors.coordinator.plan import plan_step
 from actors.coordinator.sequence import LiveSequence, Piece, Voice
 from actors.coordinator.text import TextWriter
-from actors.engine import Engine
+from actors.engine import Engine, RowKind
 from actors.engine import Work as EngineWork
 from actors.guidance import Sampling
 from actors.guidance import reference as oracle
@@ -29,10 +29,10 @@ BASE, KIND, TERSE = (tiny.talkative(tiny.llama(80, seed=seed)) for seed in range
 class LocalReplica:
     """A model in this process. Its rows live in one buffer that the next step overwrites, as slots are."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, rows: RowKind = "logits") -> None:
         self.model = model
-        self.engine = Engine(copy.deepcopy(model), max_sequences=16, max_context=120)
-        self.buffer = torch.zeros(16, self.engine.vocabulary_size)
+        self.engine = Engine(copy.deepcopy(model), max_sequences=16, max_context=120, rows=rows)
+        self.buffer = torch.zeros(16, self.engine.row_width)
         self.is_buffer_taken = False
         self.called = asyncio.Event()
         self.gate, self.prompt_gate = asyncio.Event(), asyncio.Event()
@@ -97,7 +97,10 @@ def sequence(
     fast = tiny.tokenizer(80)
     tokens = fast(prompt).input_ids
     voices = [Voice("base", 1.0, base, list(tokens))]
-    voices += [Voice(f"guide {i}", weight, guide, list(tokens)) for i, (guide, weight) in enumerate(guides)]
+    voices += [
+        Voice(f"guide {i}", weight, guide, list(tokens), output=guide.engine.output)
+        for i, (guide, weight) in enumerate(guides)
+    ]
     return LiveSequence(
         key=key,
         voices=voices,
@@ -144,6 +147,29 @@ async def test_tokens_are_the_references_whatever_shares_the_lane(base: LocalRep
         comparison.add(live.key, await read_all(live), expected(live))
     comparison.finish()
     assert lane.num_sequences == 0
+
+
+async def test_guides_that_send_hidden_states_guide_as_others_do(base: LocalReplica, kind: LocalReplica) -> None:
+    narrow = tiny.talkative(tiny.gemma2(60, seed=5, final_logit_softcapping=1.5))
+    hidden, capped = LocalReplica(TERSE, "hidden_states"), LocalReplica(narrow, "hidden_states")
+    lane = Lane(LIMITS)
+    sequences = [
+        sequence("a", base, [(hidden, 1.0)], seed=1),
+        sequence("b", base, [(hidden, -0.5), (kind, 0.7), (capped, 1.3)], prompt="another", seed=2),
+        sequence("c", base, [(capped, 2.0), (hidden, 0.4)], temperature=0, max_tokens=20),
+        sequence("d", base, seed=4),
+    ]
+    # Rows of some come while others of the same sequences do not: they wait as hidden states.
+    kind.gate.clear()
+    for live in sequences:
+        lane.add(live)
+    comparison = Comparison()
+    for live in (sequences[0], sequences[2], sequences[3]):
+        comparison.add(live.key, await read_all(live), expected(live))
+    assert sequences[1].output == []
+    kind.gate.set()
+    comparison.add("b", await read_all(sequences[1]), expected(sequences[1]))
+    comparison.finish()
 
 
 async def test_a_lane_that_was_idle_runs_again(base: LocalReplica) -> None:

@@ -1,6 +1,7 @@
 """A mistake in deploy.yaml is found before anything starts, and its path is named."""
 
 import copy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,6 +85,8 @@ def at(path: str) -> Callable[[Config, Any], None]:
         ("trimtab-base.import_path", "deploy.applications:basis", r"import_path: 'deploy.applications:basis' is none"),
         ("trimtab-base.routeprefix", "/x", r"routeprefix: there is no such key"),
         ("trimtab-guide-positivity.args.base", KeyError, r"applications\[1\].args.base: this key is missing"),
+        ("trimtab-guide-positivity.args.rows", "hidden", r"args.rows: .*'hidden_states', not 'hidden'"),
+        ("trimtab-base.args.rows", "hidden_states", r"args.rows: there is no such key"),
         ("trimtab-guide-positivity.name", "trimtab-guide-other", r"no application 'trimtab-guide-positivity'"),
         ("trimtab-base.name", "base", r"there is none called 'trimtab-base'"),
         ("trimtab.args.exchange.transport", "carrier pigeon", r"args.exchange.transport: .*not 'carrier pigeon'"),
@@ -127,6 +130,18 @@ def test_a_guide_for_another_base_is_refused(config: Config, models: Path) -> No
     with pytest.raises(
         InvalidConfiguration, match=r"trimtab-guide-positivity: base is /.*/kind, but .* serves /.*/base"
     ):
+        check(config)
+
+
+def test_hidden_states_of_a_family_that_is_not_tested_are_refused(config: Config, tmp_path: Path) -> None:
+    args = applications(config)["trimtab-guide-positivity"]["args"]
+    args["rows"] = "hidden_states"
+    check(config)
+    shutil.copytree(args["model"], tmp_path / "other")
+    settings = tmp_path / "other" / "config.json"
+    settings.write_text(settings.read_text().replace('"model_type": "llama"', '"model_type": "cohere"'))
+    args["model"] = str(tmp_path / "other")
+    with pytest.raises(InvalidConfiguration, match=r"\(trimtab-guide-positivity\): hidden .*'cohere'.*`rows: logits`"):
         check(config)
 
 

@@ -218,5 +218,5 @@ def test_rows_of_one_pass_lie_together() -> None:
         some.add(task)
     some.run()
     together = gather_rows(tasks[::-1], some._engine)
-    assert together.data_ptr() == tasks[2].found[0].rows_RV.data_ptr()
+    assert together.data_ptr() == tasks[2].found[0].rows_RW.data_ptr()
     torch.testing.assert_close(gather_rows(tasks, some._engine), together.flip(0))

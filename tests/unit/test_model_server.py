@@ -126,6 +126,19 @@ async def test_two_coordinators_may_use_the_same_names(server: ModelServer) -> N
         assert torch.allclose(rows[1], logits(other.prompt_tokens), atol=1e-4)
 
 
+async def test_a_guide_may_send_hidden_states() -> None:
+    engine = Engine(tiny.llama(80), max_sequences=4, max_context=32, rows="hidden_states")
+    assert engine.output is not None
+    hidden = ModelServer(engine, PromptEncoder(tiny.tokenizer(80)), replica="replica", host="127.0.0.1", max_rows=4)
+    try:
+        async with leased(hidden, "c", "s") as lease, attached(lease, "c") as stream:
+            row = await last_row(stream, "s", lease.prompt_tokens)
+            assert row.shape == (32,)
+            assert torch.allclose(engine.output(row[None])[0], logits(lease.prompt_tokens), atol=1e-4)
+    finally:
+        await hidden.stop()
+
+
 async def test_the_end_of_a_lease_frees_its_place(server: ModelServer) -> None:
     for round_ in range(3):
         sequences = [f"{round_}-{i}" for i in range(4)]
