@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from actors.guidance.output import OutputFunction
 from actors.leases import BaseDescription, Lease, LeaseRequest, Refusal
 from actors.prompts import PromptEncoder
 from actors.settings import BaseModelSettings
+from actors.turns import Turns
 from cluster.errors import DeadlineExceeded, EngineError, InvalidRequest, Preempted, ReplicaLost, TrimtabError
 from cluster.exchange import Failure, Step, StepRows, StepServer, Work
 
@@ -45,10 +47,6 @@ class _Message:
     num_left: int = 0
     """Tasks that are not done yet."""
 
-    def rows(self, engine: Engine) -> StepRows:
-        """What answers it, once all tasks are done."""
-        return StepRows(gather_rows(self.tasks, engine), self.failures)
-
 
 class ModelServer:
     """Serves one engine to any number of coordinators.
@@ -67,7 +65,23 @@ class ModelServer:
         host: str,
         max_rows: int,
         max_prompt_tokens_per_step: int = 256,
+        thread: ThreadPoolExecutor | None = None,
+        turns: Turns | None = None,
     ) -> None:
+        """Serve an engine.
+
+        Args:
+            engine: used by nobody else from now on.
+            encoder: of prompts.
+            replica: the replica's name.
+            host: where the data plane listens.
+            max_rows: of a step message.
+            max_prompt_tokens_per_step: of all prompts together in a forward pass.
+            thread: the one in which the engine was made, from `engine_thread`. OpenMP gives every thread that computes
+                a team of its own, and lets none of them wait actively once there are more threads than cores: steps
+                then took up to 1.6 times as long.
+            turns: taken for every forward pass, where other models compute on the same cores.
+        """
         self.engine = engine
         self.schedule = Schedule(engine, max_prompt_tokens=max_prompt_tokens_per_step)
         self.description: BaseDescription | None = None
@@ -81,7 +95,8 @@ class ModelServer:
         self._server = StepServer(self, row_width=engine.row_width, dtype=engine.dtype, max_rows=max_rows, host=host)
         self._starting = asyncio.Lock()
         self._loop: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._thread = thread or engine_thread()
+        self._turns = turns
         self._leases: set[str] = set()
         self._arrived: list[_Message] = []
         self._messages: dict[Task, _Message] = {}
@@ -98,7 +113,9 @@ class ModelServer:
         Raises:
             InvalidConfiguration: the engine cannot run it with these settings, or not with such rows.
         """
-        engine = Engine.load(
+        thread = engine_thread()
+        engine = thread.submit(
+            Engine.load,
             settings.model,
             dtype=settings.torch_dtype,
             max_sequences=settings.max_sequences,
@@ -107,7 +124,7 @@ class ModelServer:
             threads=settings.threads or len(os.sched_getaffinity(0)),
             device=settings.device,
             rows=rows,
-        )
+        ).result()
         replica = serve.get_replica_context().replica_id.to_full_id_str()
         encoder = PromptEncoder(tokenizer, settings.prompt_template)
         server = cls(
@@ -117,6 +134,8 @@ class ModelServer:
             host=ray.util.get_node_ip_address(),
             max_rows=settings.max_sequences,
             max_prompt_tokens_per_step=settings.max_prompt_tokens_per_step,
+            thread=thread,
+            turns=Turns() if settings.takes_turns else None,
         )
         server.base_vocabulary = base_vocabulary
         if engine.output is not None:
@@ -138,6 +157,8 @@ class ModelServer:
                 self._loop.cancel()
                 await self._server.stop()
             self._thread.shutdown(wait=False, cancel_futures=True)
+            if self._turns is not None:
+                self._turns.close()
 
     def check_health(self) -> None:
         """Raise `ReplicaLost` if steps are no longer run, or one hangs."""
@@ -214,9 +235,9 @@ class ModelServer:
             arrived, self._arrived = self._arrived, []
             self._busy_since = time.monotonic()
             try:
-                for message in await loop.run_in_executor(self._thread, self._compute, arrived):
+                for message, rows in await loop.run_in_executor(self._thread, self._compute, arrived):
                     if not message.answer.done():
-                        message.answer.set_result(message.rows(self.engine))
+                        message.answer.set_result(rows)
             except Exception as error:
                 logger.exception("a step failed")
                 for message in await loop.run_in_executor(self._thread, self._give_up, arrived):
@@ -225,21 +246,25 @@ class ModelServer:
             finally:
                 self._busy_since = None
 
-    def _compute(self, arrived: Sequence[_Message]) -> list[_Message]:
-        """Take messages in, run a forward pass, and return the messages that can be answered (in the engine's thread,
+    def _compute(self, arrived: Sequence[_Message]) -> list[tuple[_Message, StepRows]]:
+        """Take messages in, run a forward pass, and return those that can be answered (in the engine's thread,
         like all that it calls).
         """
         for message in arrived:
             self._take(message)
         if self.schedule.has_tasks:
-            for task in self.schedule.run():
+            with self._turns.take() if self._turns else nullcontext():
+                done = self.schedule.run()
+            for task in done:
                 message = self._messages.pop(task)
                 if task.is_preempted:
                     self._fail(message, task, Preempted("its room was needed; send all its tokens again"))
                 else:
                     self._finish(message)
         answerable, self._answerable = self._answerable, []
-        return answerable
+        return [
+            (message, StepRows(gather_rows(message.tasks, self.engine), message.failures)) for message in answerable
+        ]
 
     def _give_up(self, arrived: Sequence[_Message]) -> list[_Message]:
         """Drop all work, and return the messages that it was for."""
@@ -299,6 +324,11 @@ class ModelServer:
         self.schedule.close(key)
         for task in [task for task in self._messages if task.sequence == key]:
             self._fail(self._messages.pop(task), task, ReplicaLost("its lease has ended"))
+
+
+def engine_thread() -> ThreadPoolExecutor:
+    """Return a thread in which an engine can be made and run."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
 
 def _key(coordinator: str, sequence: str) -> str:

@@ -65,7 +65,8 @@ class BaseModelSettings(Settings):
     """Longer prompts are taken in chunks of this size beside the sequences that are decoding."""
 
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads for the model's operations; one for each core if absent."""
+    """CPU threads for the model's operations. If absent, one for each core, and models on one node take turns on its
+    cores; with a number, they compute at the same time."""
 
     resources: Resources = Resources()
 
@@ -78,6 +79,11 @@ class BaseModelSettings(Settings):
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch has it."""
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether it computes on cores that other models use too."""
+        return self.threads is None and self.device == "cpu"
 
     @property
     def device(self) -> str:

@@ -7,6 +7,7 @@ done by the process that measures.
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -16,11 +17,13 @@ from typing import Any
 from actors.engine import Counters, Engine, RowKind
 from actors.guidance.output import OutputFunction
 from actors.leases import Lease, LeaseRequest, Refusal
-from actors.model_server import ModelServer
+from actors.model_server import ModelServer, engine_thread
 from actors.prompts import Prompt, PromptEncoder
+from actors.turns import Turns
 from actors.vocabularies import load_tokenizer
 from bench.worker import process, receive
 from bench.workload import Models
+from deploy.applications import THREADS
 
 LOOPBACK = "127.0.0.1"
 
@@ -99,20 +102,31 @@ class RemoteReplica:
 @contextmanager
 def remote_replica(path: Path, models: Models, rows: RowKind = "logits") -> Iterator[RemoteReplica]:
     """Serve a model in a process of its own while the context lasts."""
-    with process(_run, path, models, rows) as connection:
+    with process(_run, path, models, rows, environment=THREADS) as connection:
         receive(connection)
         yield RemoteReplica(connection)
 
 
 def _run(connection: Connection, path: Path, models: Models, rows: RowKind) -> None:
-    engine = TimedEngine.load(str(path), rows=rows, **models.engine_options)
+    thread = engine_thread()
+    engine = thread.submit(TimedEngine.load, str(path), rows=rows, **models.engine_options).result()
     assert isinstance(engine, TimedEngine)
-    asyncio.run(_serve(connection, engine, path, models))
+    asyncio.run(_serve(connection, engine, thread, path, models))
 
 
-async def _serve(connection: Connection, engine: TimedEngine, path: Path, models: Models) -> None:
+async def _serve(
+    connection: Connection, engine: TimedEngine, thread: ThreadPoolExecutor, path: Path, models: Models
+) -> None:
     encoder = PromptEncoder(load_tokenizer(str(path)))
-    server = ModelServer(engine, encoder, replica=path.name, host=LOOPBACK, max_rows=models.max_sequences)
+    server = ModelServer(
+        engine,
+        encoder,
+        replica=path.name,
+        host=LOOPBACK,
+        max_rows=models.max_sequences,
+        thread=thread,
+        turns=Turns(),
+    )
     holders: list[asyncio.Task[Any]] = []
     connection.send("ready")
     try:

@@ -138,9 +138,11 @@ def service_config(models: Models) -> dict[str, Any]:
         "max_sequences": models.max_sequences,
         "max_context": models.max_context,
         "cache_tokens": models.cache_tokens,
-        "threads": models.threads,
         "resources": {"cpus": 0.1},
     }
+    # As many as there are cores is what a model takes by itself, and in turns with the others.
+    if models.threads != len(os.sched_getaffinity(0)):
+        args["threads"] = models.threads
     base = str(models.base)
     applications = [{"name": BASE, "import_path": "deploy.applications:base", "args": {"model": base, **args}}]
     for name, path in models.guides.items():

@@ -5,8 +5,9 @@ process that started it, however that ends.
 """
 
 import multiprocessing
+import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -45,12 +46,21 @@ class RemoteSystem:
 
 
 @contextmanager
-def process(target: Callable[..., None], *args: Any) -> Iterator[Connection]:
-    """Run `target(connection, *args)` in a fresh process while the context lasts; yield the connection's other end."""
+def process(
+    target: Callable[..., None], *args: Any, environment: Mapping[str, str] | None = None
+) -> Iterator[Connection]:
+    """Run `target(connection, *args)` in a fresh process while the context lasts; yield the connection's other end.
+
+    `environment` is added to this process's own.
+    """
     context = multiprocessing.get_context("spawn")
     connection, other = context.Pipe()
     child = context.Process(target=_obey, args=(other, target, *args), daemon=True)
+    before = dict(os.environ)
+    os.environ |= environment or {}
     child.start()
+    os.environ.clear()
+    os.environ |= before
     other.close()
     try:
         yield connection

@@ -205,7 +205,7 @@ class Attachment:
         result = step_pb2.Result(id=step_id, num_rows=expected, failures=encode_failures(outcome.failures))
         if self._slots is not None and slot != NO_SLOT and expected > 0:
             result.in_slot = True
-            self._slots.rows(slot, expected).copy_(rows_RW.detach())
+            self._slots.write(slot, row_format.encode(rows_RW))
         self._traffic.count(expected * row_format.row_bytes, in_slot=result.in_slot)
         reply = step_pb2.Reply(result=result)
         return iter([encode_reply(reply)]) if result.in_slot else encode_rows(reply, row_format.encode(rows_RW))

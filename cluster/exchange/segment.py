@@ -68,6 +68,11 @@ class Slots:
         )
         return rows.view(num_rows, self._row_format.width)
 
+    def write(self, slot: int, rows: memoryview) -> None:
+        """Write the bytes of rows into a slot; in this thread alone, whatever torch's threads are."""
+        start = self.layout.first_slot + slot * self.layout.slot_bytes
+        self._mapping[start : start + len(rows)] = rows
+
     def fits(self, num_rows: int) -> bool:
         """Whether so many rows fit into one slot."""
         return num_rows * self._row_format.row_bytes <= self.layout.slot_bytes
