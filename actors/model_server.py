@@ -157,8 +157,6 @@ class ModelServer:
                 self._loop.cancel()
                 await self._server.stop()
             self._thread.shutdown(wait=False, cancel_futures=True)
-            if self._turns is not None:
-                self._turns.close()
 
     def check_health(self) -> None:
         """Raise `ReplicaLost` if steps are no longer run, or one hangs."""

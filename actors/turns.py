@@ -7,6 +7,7 @@ the other one displaced. One after the other they are done sooner than side by s
 import fcntl
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ class Turns:
         """
         self._patience_s = patience_s
         self._descriptor = os.open(meeting_place, os.O_RDONLY | os.O_CLOEXEC)
+        # Not before the last turn is over: somebody else may have its number by then.
+        self.close = weakref.finalize(self, os.close, self._descriptor)
 
     @contextmanager
     def take(self) -> Iterator[None]:
@@ -36,10 +39,6 @@ class Turns:
         finally:
             if is_taken:
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-
-    def close(self) -> None:
-        """Take no more turns."""
-        os.close(self._descriptor)
 
     def _wait(self) -> bool:
         # A lock that waits by itself has no time limit.

@@ -12,7 +12,6 @@ import random
 import signal
 import statistics
 import time
-import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -22,18 +21,19 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from actors.coordinator.lane import Lane
-from actors.coordinator.sequence import LiveSequence, Voice
-from actors.coordinator.text import TextWriter
-from actors.guidance import Sampling, drawing
+from actors.coordinator.sequence import LiveSequence
+from actors.guidance import drawing
 from actors.settings import Limits
 from actors.vocabularies import load_tokenizer
 from bench.machine import describe
 from bench.options import add_models, endless_models, plain, positive
 from bench.replica import RemoteReplica, remote_replica
 from bench.run import say, write
+from bench.sequences import live_sequences, read_all
 from bench.table import markdown
-from bench.workload import WEIGHT, Models
-from cluster.exchange import StepStream
+from bench.workload import Batch, Models
+
+TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Arrival:
     """Of each sequence, ascending."""
 
     num_computed: Sequence[int]
-    """Tokens that went through the base, then through each guide, until then and in the decoding beside it."""
+    """Tokens that went through the base, then through each guide."""
 
     num_needed: int
-    """The common beginning once, every suffix, and what was decoded."""
+    """The common beginning once, and every suffix."""
 
 
 def make_prompts(tokenizer: PreTrainedTokenizerFast, shared: int, suffix: int, number: int) -> list[str]:
@@ -61,47 +61,21 @@ def make_prompts(tokenizer: PreTrainedTokenizerFast, shared: int, suffix: int, n
 
 async def arrive(replicas: Sequence[RemoteReplica], models: Models, prompts: Sequence[str]) -> Arrival:
     """Let all prompts come at once, and wait until each has its first token."""
-    coordinator, tokenizer = uuid.uuid4().hex, load_tokenizer(str(models.base)).backend_tokenizer
-    streams: list[StepStream] = []
     before = [replica.counters().num_computed_tokens for replica in replicas]
-    sequences: list[LiveSequence] = []
-    try:
-        tokens: list[list[Sequence[int]]] = []
-        for replica in replicas:
-            leases = [replica.lease(coordinator, str(i), prompt) for i, prompt in enumerate(prompts)]
-            tokens.append([lease.prompt_tokens for lease in leases])
-            streams.append(
-                await StepStream.connect(
-                    leases[0].address, token=leases[0].token, coordinator=coordinator, timeout_s=10.0, keepalive_s=30.0
-                )
-            )
-        for i in range(len(prompts)):
-            voices = [
-                Voice(f"voice {n}", WEIGHT if n else 1.0, stream, list(tokens[n][i]))
-                for n, stream in enumerate(streams)
-            ]
-            writer = TextWriter(tokenizer, tokens[0][i])
-            sequences.append(
-                LiveSequence(
-                    key=str(i), voices=voices, sampling=Sampling(seed=i), max_tokens=1, end_tokens=(), writer=writer
-                )
-            )
-        lane, start = Lane(Limits()), time.perf_counter()
-        for sequence in sequences:
-            lane.add(sequence)
-        first_token_s = await asyncio.gather(*(_first_token(sequence, start) for sequence in sequences))
-    finally:
-        for stream in streams:
-            await stream.close()
-        for replica in replicas:
-            replica.release()
+    batch = Batch(prompts, list(range(len(prompts))), max_tokens=1, num_guides=len(replicas) - 1)
+    async with live_sequences(replicas, [None] * len(replicas), models, batch) as sequences:
+        read = [list(sequence.voices[0].tokens) for sequence in sequences]
+        async with asyncio.timeout(TIMEOUT_S):
+            lane, start = Lane(Limits()), time.perf_counter()
+            for sequence in sequences:
+                lane.add(sequence)
+            first_token_s = await asyncio.gather(*(_first_token(sequence, start) for sequence in sequences))
     computed = [replica.counters().num_computed_tokens - num for replica, num in zip(replicas, before, strict=True)]
-    return Arrival(sorted(first_token_s), computed, _num_different(tokens[0]))
+    return Arrival(sorted(first_token_s), computed, _num_different(read))
 
 
 async def _first_token(sequence: LiveSequence, start: float) -> float:
-    while (await sequence.read())["finish_reason"] is None:
-        pass
+    await read_all(sequence)
     return time.perf_counter() - start
 
 

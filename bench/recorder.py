@@ -53,6 +53,9 @@ class Breakdown:
     plan: float
     base: float
     guide: float | None
+    models: float
+    """Time in which some model computes."""
+
     exchange: float
     output: float | None
     merge: float | None
@@ -112,13 +115,16 @@ class TimedStream(StepStream):
         return rows
 
 
-def summarise(steps: Sequence[StepRecord], forwards: Sequence[Sequence[Forward]], *, num_sequences: int) -> Breakdown:
+def summarise(
+    steps: Sequence[StepRecord], forwards: Sequence[Sequence[Forward]], *, num_sequences: int, takes_turns: bool
+) -> Breakdown:
     """Return the medians over full decoding steps; the last step of a run, which nothing follows, does not count.
 
     Args:
         steps: in order.
         forwards: the forward passes of the base, then of each guide.
         num_sequences: in a full step.
+        takes_turns: whether the models computed one after the other.
 
     Raises:
         RuntimeError: there was no full step.
@@ -141,6 +147,7 @@ def summarise(steps: Sequence[StepRecord], forwards: Sequence[Sequence[Forward]]
         1e3 * statistics.median(f.elapsed_s for f in passes if f.num_sequences == f.num_tokens == num_sequences)
         for passes in forwards
     ]
+    computing = sum(models) if takes_turns else max(models)
     gather = 1e3 * statistics.median(step.last_landing_s - step.first_send_s for step, _ in full)
     period = 1e3 * statistics.median(elapsed_s for _, elapsed_s in full)
     in_turn = {name: part(name) for name in (PLAN, MERGE_AND_DRAW, "commit")}
@@ -151,7 +158,8 @@ def summarise(steps: Sequence[StepRecord], forwards: Sequence[Sequence[Forward]]
         plan=in_turn[PLAN] or 0.0,
         base=models[0],
         guide=max(models[1:], default=None),
-        exchange=gather - max(models),
+        models=computing,
+        exchange=gather - computing,
         output=part("output"),
         merge=part("merge"),
         draw=part("draw"),

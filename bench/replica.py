@@ -125,7 +125,7 @@ async def _serve(
         host=LOOPBACK,
         max_rows=models.max_sequences,
         thread=thread,
-        turns=Turns(),
+        turns=Turns() if models.takes_turns else None,
     )
     holders: list[asyncio.Task[Any]] = []
     connection.send("ready")

@@ -137,8 +137,8 @@ def report(machine: Mapping[str, str], samples: Samples | None, breakdowns: Sequ
         parts.append("A step that decodes one token of every sequence, in milliseconds:")
         parts.append(steps.table(breakdowns))
         parts.append(
-            "Base and slowest guide compute at the same time; exchange is from the first message sent to the last row "
-            "there, less the slower of the two; text is made while they compute, the rest comes one after the other."
+            "Exchange is from the first message sent to the last row there, less the time in which models compute: one "
+            "after the other on shared cores. Text is made meanwhile; the rest comes one after the other."
         )
     return "\n\n".join(parts) + "\n"
 

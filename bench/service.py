@@ -140,8 +140,7 @@ def service_config(models: Models) -> dict[str, Any]:
         "cache_tokens": models.cache_tokens,
         "resources": {"cpus": 0.1},
     }
-    # As many as there are cores is what a model takes by itself, and in turns with the others.
-    if models.threads != len(os.sched_getaffinity(0)):
+    if not models.takes_turns:
         args["threads"] = models.threads
     base = str(models.base)
     applications = [{"name": BASE, "import_path": "deploy.applications:base", "args": {"model": base, **args}}]

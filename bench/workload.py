@@ -1,6 +1,7 @@
 """What every system is given: which models, which prompts, how many tokens."""
 
 import json
+import os
 import random
 import statistics
 from collections.abc import Sequence
@@ -38,6 +39,11 @@ class Models:
 
     transport: Transport = "auto"
     """How rows travel from replicas."""
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the models share all cores, one after the other, as they do without `threads` in their settings."""
+        return self.threads == len(os.sched_getaffinity(0))
 
     @property
     def cache_tokens(self) -> int:

@@ -54,8 +54,3 @@ class LayerCache:
         """Copy keys and values from positions to others."""
         self.keys[targets_N] = self.keys[sources_N]
         self.values[targets_N] = self.values[sources_N]
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of keys and values."""
-        return self.keys.nbytes + self.values.nbytes

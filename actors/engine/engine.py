@@ -41,9 +41,6 @@ class Counters:
     num_reused_tokens: int = 0
     """Tokens that were found in the cache instead."""
 
-    num_rows: int = 0
-    num_steps: int = 0
-
 
 class Engine:
     """A causal language model with a batched key-value cache: append tokens, get logits, roll back."""
@@ -150,11 +147,6 @@ class Engine:
         loaded = load_model(model, dtype=dtype, device=device)
         return cls(loaded, max_sequences=max_sequences, max_context=max_context, cache_tokens=cache_tokens, rows=rows)
 
-    @property
-    def cache_bytes(self) -> int:
-        """Memory of all keys and values."""
-        return sum(cache.num_bytes for cache in self._caches.values())
-
     def open(self, sequence: str) -> None:
         """Open an empty sequence.
 
@@ -227,8 +219,6 @@ class Engine:
             rows = self._forward(plan).to(self.dtype)
         for item in work:
             self._pool.commit(self._tables[item.sequence], item.tokens)
-        self.counters.num_steps += 1
-        self.counters.num_rows += len(rows)
         self.counters.num_computed_tokens += len(plan.tokens_N)
         return rows
 

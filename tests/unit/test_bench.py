@@ -94,15 +94,18 @@ def test_a_breakdown_counts_full_decoding_steps_only() -> None:
         [Forward(2, 20, 5.0), *[Forward(2, 2, 0.040)] * 3],
         [Forward(2, 20, 5.0), *[Forward(2, 2, 0.010)] * 3],
     ]
-    breakdown = summarise(steps, forwards, num_sequences=2)
+    breakdown = summarise(steps, forwards, num_sequences=2, takes_turns=False)
     assert (breakdown.sequences, breakdown.guides, breakdown.bytes_moved) == (2, 1, 800)
     assert breakdown.step == pytest.approx(100)
     assert (breakdown.base, breakdown.guide) == (40, 10)
     assert breakdown.exchange == pytest.approx(10)
     assert (breakdown.plan, breakdown.merge, breakdown.draw, breakdown.commit) == (1, 2, 3, None)
     assert breakdown.rest == pytest.approx(100 - 50 - 1 - 6)
+    in_turn = summarise(steps, forwards, num_sequences=2, takes_turns=True)
+    assert in_turn.models == 50
+    assert in_turn.exchange == pytest.approx(0)
     with pytest.raises(RuntimeError, match="no step decoded all sequences"):
-        summarise(steps[:1], forwards, num_sequences=2)
+        summarise(steps[:1], forwards, num_sequences=2, takes_turns=False)
 
 
 def test_the_systems_take_turns_at_being_first() -> None:
