@@ -94,16 +94,16 @@ def build(size: str, arguments: argparse.Namespace, max_context: int) -> PreTrai
     return model.eval()
 
 
-def bytes_read(model: PreTrainedModel, num_sequences: int, context: int) -> int:
-    """Return the bytes that a decoding step must read: weights, and the keys and values of every sequence."""
+def bytes_read(model: PreTrainedModel) -> tuple[int, int]:
+    """Return the bytes of the weights that a decoding step must read, and of each cached token's keys and values."""
     weights = {parameter.data_ptr(): parameter for parameter in model.parameters()}
     table = model.get_input_embeddings().weight
     if model.get_output_embeddings().weight.data_ptr() != table.data_ptr():
         weights.pop(table.data_ptr())
     config = model.config
-    width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
-    cached = 2 * config.num_hidden_layers * width * context * num_sequences * table.element_size()
-    return cached + sum(weight.numel() * weight.element_size() for weight in weights.values())
+    width = config.head_dim * config.num_key_value_heads
+    num_weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights.values())
+    return num_weight_bytes, 2 * config.num_hidden_layers * width * table.element_size()
 
 
 def measure(name: str, model: PreTrainedModel, arguments: argparse.Namespace, bandwidth: float) -> list[Figure]:
@@ -111,6 +111,8 @@ def measure(name: str, model: PreTrainedModel, arguments: argparse.Namespace, ba
     steps = arguments.steps + WARM_UP_STEPS
     first = max(1, arguments.context - steps // 2)
     most, max_context = max(arguments.sequences), BLOCK * math.ceil((first + steps) / BLOCK)
+    # Before the engine takes the weights.
+    num_weight_bytes, num_token_bytes = bytes_read(model)
     engine = Engine(model, max_sequences=most, max_context=max_context, cache_tokens=most * max_context)
     figures = []
     for num_sequences in arguments.sequences:
@@ -125,7 +127,7 @@ def measure(name: str, model: PreTrainedModel, arguments: argparse.Namespace, ba
         for key in keys:
             engine.close(key)
         step_ms = statistics.median(times_ms)
-        num_bytes = bytes_read(model, num_sequences, first + steps // 2)
+        num_bytes = num_weight_bytes + num_token_bytes * num_sequences * (first + steps // 2)
         figure = Figure(
             model=name,
             sequences=num_sequences,

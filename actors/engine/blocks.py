@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+BLOCK_SIZE = 16
+"""Positions of a block of an engine's cache."""
+
 
 class Copy(NamedTuple):
     """Keys and values that a block takes over from another one."""

@@ -12,21 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.engine.attention import attending
-from actors.engine.blocks import BlockPool, BlockTable, Copy
-from actors.engine.cache import LayerCache
+from actors.engine.blocks import BLOCK_SIZE, BlockPool, BlockTable
 from actors.engine.fingerprint import fingerprint
+from actors.engine.forward import make_forward_pass
 from actors.engine.inspection import inspect_model, model_name
 from actors.engine.loading import load_model
 from actors.engine.output import RowKind, output_function
-from actors.engine.plan import PlacedWork, StepPlan, Work
-from actors.engine.processor import prepare_for_processor
-from actors.engine.verification import verify
+from actors.engine.plan import PlacedWork, Work
+from actors.engine.verification import own_logits, verify
 from actors.guidance.output import OutputFunction
 from cluster.errors import EngineError, InvalidConfiguration
-
-BLOCK_SIZE = 16
-"""Positions of a block."""
 
 DEFAULT_CACHE_TOKENS = 16_384
 
@@ -89,13 +84,8 @@ class Engine:
         _check_limits(model, max_sequences, max_context, cache_tokens)
         model.eval().requires_grad_(False)
         inspection = inspect_model(model, max_context)
-        self._model = model
+        self._device = model.device
         self._pool = BlockPool(-(-cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
-        # Block 0 is nobody's.
-        num_positions = (self._pool.num_blocks + 1) * BLOCK_SIZE
-        self._caches = {
-            module: LayerCache.allocate(layer, num_positions) for module, layer in inspection.layers.items()
-        }
         self._tables: dict[str, BlockTable] = {}
         self.vocabulary_size = inspection.num_columns
         self.output = output_function(model) if rows == "hidden_states" else None
@@ -103,12 +93,19 @@ class Engine:
         self.num_token_ids = model.get_input_embeddings().weight.shape[0]
         self.dtype = model.dtype
         self.fingerprint = fingerprint(model)
-        # After all that reads the weights: it lays some of them out anew.
-        prepare_for_processor(model)
         self.max_sequences = max_sequences
         self.max_context = max_context
         self.counters = Counters()
-        verify(self, model)
+        expected = own_logits(model, max_context)
+        # After all that reads the weights: it lays some of them out anew.
+        self._forward_pass = make_forward_pass(
+            model,
+            inspection.layers,
+            num_blocks=self._pool.num_blocks + 1,  # block 0 is nobody's
+            max_context=max_context,
+            gives_hidden_states=self.output is not None,
+        )
+        verify(self, expected, model_name(model))
         self._pool.forget()
         self.counters = Counters()
 
@@ -174,7 +171,7 @@ class Engine:
         table = self._table(sequence)
         self._check_tokens(sequence, tokens, table.length)
         num_tokens, copies = self._pool.reuse(table, tokens)
-        self._copy(copies)
+        self._forward_pass.copy(copies)
         self.counters.num_reused_tokens += num_tokens
         return num_tokens
 
@@ -190,7 +187,7 @@ class Engine:
         copies = self._pool.reserve(self._table(sequence), num_tokens)
         if copies is None:
             return False
-        self._copy(copies)
+        self._forward_pass.copy(copies)
         return True
 
     @torch.inference_mode()
@@ -211,25 +208,13 @@ class Engine:
             seen.add(item.sequence)
             self.check(item)
         if not work:
-            return torch.empty(0, self.row_width, dtype=self.dtype, device=self._model.device)
+            return torch.empty(0, self.row_width, dtype=self.dtype, device=self._device)
         self._reserve_all(work)
-        placed = [PlacedWork(item, self._places(self._tables[item.sequence], len(item.tokens))) for item in work]
-        plan = StepPlan(placed, self._caches, self._model.device)
-        with attending(plan):
-            rows = self._forward(plan).to(self.dtype)
+        rows = self._forward_pass.run([self._place(item) for item in work]).to(self.dtype)
         for item in work:
             self._pool.commit(self._tables[item.sequence], item.tokens)
-        self.counters.num_computed_tokens += len(plan.tokens_N)
+            self.counters.num_computed_tokens += len(item.tokens)
         return rows
-
-    def _forward(self, plan: StepPlan) -> Tensor:
-        """Run the model on a step's tokens, and its output layer too if rows are logits; return the asked rows."""
-        inputs = {"input_ids": plan.tokens_N[None], "position_ids": plan.positions_N[None], "use_cache": False}
-        if self.output is None:
-            logits: Tensor = self._model(**inputs, logits_to_keep=plan.rows_R).logits[0]
-            return logits
-        hidden: Tensor = self._model.base_model(**inputs).last_hidden_state[0]
-        return hidden[plan.rows_R]
 
     def check(self, item: Work, length: int | None = None) -> None:
         """Check that a sequence can take its part of a step, so that it spoils no other's.
@@ -299,16 +284,10 @@ class Engine:
         except KeyError:
             raise EngineError(f"sequence {sequence!r} is not open; open it first") from None
 
-    def _places(self, table: BlockTable, num_new: int) -> Tensor:
-        """Where in the cache a sequence's tokens lie and the new ones will."""
-        first_places = torch.tensor([block.number * BLOCK_SIZE for block in table.blocks])
-        return (first_places[:, None] + torch.arange(BLOCK_SIZE)).flatten()[: table.length + num_new]
-
-    def _copy(self, copies: Sequence[Copy]) -> None:
-        for source, target, start, stop in copies:
-            positions = torch.arange(start, stop, device=self._model.device)
-            for cache in self._caches.values():
-                cache.copy(source * BLOCK_SIZE + positions, target * BLOCK_SIZE + positions)
+    def _place(self, item: Work) -> PlacedWork:
+        """Say where a sequence's tokens lie, and the new ones will."""
+        table = self._tables[item.sequence]
+        return PlacedWork(item, [block.number for block in table.blocks], table.length)
 
     def _check_tokens(self, sequence: str, tokens: Sequence[int], length: int) -> None:
         if length + len(tokens) > self.max_context:

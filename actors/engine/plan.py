@@ -9,6 +9,7 @@ H query heads, K key-value heads, D head width.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from actors.engine.attention import soft_capped_attention
+from actors.engine.blocks import BLOCK_SIZE
 from actors.engine.cache import LayerCache
 
 MAX_PADDING = 2
@@ -37,23 +39,27 @@ class Work:
     """Indices into `tokens` whose next-token logits are wanted; may be empty."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class PlacedWork:
     """Work and where its sequence lies."""
 
     work: Work
-    places: Tensor
-    """Of all the sequence's tokens, the step's included: their positions in the cache, int64."""
+    blocks: Sequence[int]
+    """Numbers of the sequence's blocks, in order."""
+
+    length: int
+    """Tokens that the sequence holds before the step."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the step appends."""
         return len(self.work.tokens)
 
-    @property
-    def length(self) -> int:
-        """Tokens that the sequence holds before the step."""
-        return len(self.places) - len(self.work.tokens)
+    @cached_property
+    def places(self) -> Tensor:
+        """Of all the sequence's tokens, the step's included: their positions in the cache, int64."""
+        firsts = torch.tensor(self.blocks) * BLOCK_SIZE
+        return (firsts[:, None] + torch.arange(BLOCK_SIZE)).flatten()[: self.length + self.num_tokens]
 
 
 @dataclass(slots=True)

@@ -33,26 +33,40 @@ the largest logit at one of twelve), while another attention is wrong at most of
 """
 
 
-def verify(engine: "Engine", model: PreTrainedModel) -> None:
-    """Compare the engine's logits with the model's own.
+def own_logits(model: PreTrainedModel, max_context: int) -> Tensor:
+    """Return a model's own logits [P, V] for a few tokens, for `verify`.
 
     Raises:
-        InvalidConfiguration: they differ, or they are not finite.
+        InvalidConfiguration: they are not finite.
     """
-    num_tokens = min(_NUM_TOKENS, engine.max_context)
-    tokens = [(1 + 7 * i) % engine.num_token_ids for i in range(num_tokens)]
-    expected_PV = _logits_by_model(model, tokens)
-    name = model_name(model)
-    if not expected_PV.isfinite().all():
+    with own_attention(model), torch.inference_mode():
+        tokens = torch.tensor([_tokens(model.get_input_embeddings().weight.shape[0], max_context)], device=model.device)
+        logits_PV: Tensor = model(tokens, use_cache=False).logits[0].to(model.dtype)
+    if not logits_PV.isfinite().all():
         raise InvalidConfiguration(
-            f"model {name}: its logits are not finite in {expected_PV.dtype}. Use another dtype, such as bfloat16."
+            f"model {model_name(model)}: its logits are not finite in {model.dtype}. "
+            "Use another dtype, such as bfloat16."
         )
+    return logits_PV
+
+
+def verify(engine: "Engine", expected_PV: Tensor, name: str) -> None:
+    """Compare the engine's logits with the `own_logits` of a model of this name.
+
+    Raises:
+        InvalidConfiguration: they differ.
+    """
+    tokens = _tokens(engine.num_token_ids, engine.max_context)
     differences_P = (_logits_by_engine(engine, tokens).float() - expected_PV.float()).abs().amax(1)
     is_exact = expected_PV.dtype == torch.float32
     difference = float(differences_P.max() if is_exact else differences_P.median())
     limit = _TOLERANCES[expected_PV.dtype] * float(expected_PV.float().abs().max())
     if not difference <= limit:
         raise unsupported(name, f"its logits differ by {difference:.2g} from the model's own, by {limit:.2g} at most")
+
+
+def _tokens(num_token_ids: int, max_context: int) -> list[int]:
+    return [(1 + 7 * i) % num_token_ids for i in range(min(_NUM_TOKENS, max_context))]
 
 
 @contextmanager
@@ -63,12 +77,6 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(IMPLEMENTATION)
-
-
-def _logits_by_model(model: PreTrainedModel, tokens: list[int]) -> Tensor:
-    with own_attention(model), torch.inference_mode():
-        logits: Tensor = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0]
-    return logits.to(model.dtype)
 
 
 def _logits_by_engine(engine: "Engine", tokens: list[int]) -> Tensor:

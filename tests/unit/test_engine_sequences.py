@@ -1,14 +1,17 @@
 """Sequences open, step, roll back and close without touching one another, and mistakes change nothing."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from actors.engine import Engine, Work
+from actors.engine.compiled.decoder import CompiledPass
+from actors.engine.forward import TransformersPass
 from cluster.errors import EngineError
 from tests import tiny
 
@@ -70,11 +73,13 @@ def test_a_sequence_may_fill_its_context_to_the_last_token(engine: Engine) -> No
     assert engine.length("one") == MAX_CONTEXT
 
 
-def test_a_reused_block_keeps_nothing_of_what_lay_in_it() -> None:
-    model = tiny.llama()
-    engine = Engine(copy.deepcopy(model), max_sequences=2, max_context=MAX_CONTEXT)
+@pytest.mark.parametrize("build", [tiny.llama, tiny.gemma], ids=["compiled", "transformers"])
+def test_a_reused_block_keeps_nothing_of_what_lay_in_it(build: Callable[..., PreTrainedModel]) -> None:
+    model = build()
+    own = copy.deepcopy(model)
+    embedding = own.get_input_embeddings()
+    engine = Engine(own, max_sequences=2, max_context=MAX_CONTEXT)
     poison = 11
-    embedding = engine._model.get_input_embeddings()
     assert isinstance(embedding.weight, Tensor)
     embedding.weight[poison] = torch.nan
     assert fill(engine, "bad", [1, 2] + [poison] * 8).isnan().any()
@@ -90,9 +95,16 @@ def test_a_reused_block_keeps_nothing_of_what_lay_in_it() -> None:
         torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
 
 
-def test_the_cache_is_allocated_once(engine: Engine) -> None:
+@pytest.mark.parametrize("build", [tiny.llama, tiny.gemma], ids=["compiled", "transformers"])
+def test_the_cache_is_allocated_once(build: Callable[..., PreTrainedModel]) -> None:
+    engine = Engine(build(), max_sequences=3, max_context=MAX_CONTEXT)
+
     def addresses() -> list[int]:
-        return [tensor.data_ptr() for cache in engine._caches.values() for tensor in (cache.keys, cache.values)]
+        forward = engine._forward_pass
+        if isinstance(forward, CompiledPass):
+            return [tensor.data_ptr() for tensor in (*forward._keys, *forward._values)]
+        assert isinstance(forward, TransformersPass)
+        return [tensor.data_ptr() for cache in forward._caches.values() for tensor in (cache.keys, cache.values)]
 
     before = addresses()
     fill(engine, "one", list(range(20)))
@@ -129,13 +141,14 @@ def test_a_refused_step_says_why_and_changes_nothing(engine: Engine, work: list[
     torch.testing.assert_close(row, fill(engine, "three", [4, 5, 6]), atol=1e-5, rtol=0)
 
 
-def test_a_step_that_fails_within_the_model_changes_nothing(engine: Engine) -> None:
+def test_a_step_that_fails_within_the_model_changes_nothing() -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
+    model = tiny.gemma()
+    engine = Engine(model, max_sequences=2, max_context=MAX_CONTEXT)
     fill(engine, "one", [1, 2, 3])
-    last_layer = engine._model.get_submodule("model.layers.2")
-    assert isinstance(last_layer, nn.Module)
+    last_layer = model.get_submodule("model.layers.2")
     hook = last_layer.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         engine.step([Work("one", [9, 9, 9], [0])])

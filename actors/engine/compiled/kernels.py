@@ -1,0 +1,658 @@
+"""A forward pass of a Llama-like decoder for few tokens at a time, in float32, compiled for the processor at hand.
+
+One function, `run_pass`, is entered by every thread of a team at once. It walks through the layers in phases; in each
+phase the threads take pieces of the work from a counter until none is left, then wait for each other. All products,
+those of attention too, are made of one tile: up to 8 rows by 3 vectors of columns, held in registers.
+
+Addresses travel as integers, in tables of 64-bit numbers whose columns are named below. Everything that is compiled
+together lies in this file, because numba's cache on disk knows of changes in one file only.
+
+Shapes: N tokens, R asked rows, I hidden width, F width between the products of the feed-forward part, H query heads,
+K key-value heads, G = H / K, D head width, V columns of the output layer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import carray, cfunc, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from actors.guidance.compiled import OPTIONS, compiled
+
+Table = NDArray[np.int64]
+
+BLOCK_SIZE = 16
+"""Positions of a block of the cache."""
+
+_FEATURES = binding.get_host_cpu_features()
+_IS_X86 = bool(_FEATURES.get("sse2"))
+IS_FAST = bool(_FEATURES.get("fma") and _FEATURES.get("avx2")) or not _IS_X86
+"""Whether the processor multiplies and adds vectors in one operation."""
+
+LANES = 16 if _FEATURES.get("avx512f") else 8
+"""Numbers of a vector, and columns of a panel of weights. Half as many registers allow tiles of half the rows."""
+
+_MAX_ROWS = 8 if LANES == 16 else 4
+_NUM_VECTORS = 3
+_PREFETCHED = 32
+"""So many inputs ahead weights are asked for."""
+
+_NUM_SPINS = 20_000
+"""So often a thread looks whether the others have come before it lets other processes have its core."""
+
+# A pass.
+(
+    COUNTERS,  # zeros, one for each phase
+    ARRIVALS,  # zero
+    TEAM_SIZE,  # the function that tells how many threads run
+    LAYERS,  # the table of layers
+    NUM_LAYERS,
+    NUM_TOKENS,
+    NUM_ROWS,
+    HIDDEN_WIDTH,
+    INNER_WIDTH,
+    NUM_HEADS,
+    NUM_KEY_HEADS,
+    HEAD_WIDTH,
+    MAX_CONTEXT,
+    NUM_PANELS,  # of the output layer; 0 where hidden states are asked for
+    EPSILON,  # of norms: addresses of a number, as the next one
+    SCALE,  # of attention scores
+    EMBEDDING,  # [tokens, I]
+    COSINE,  # [positions, D]
+    SINE,
+    FINAL_NORM,  # [I]
+    OUTPUT,  # panels
+    ZEROS,  # as many as the widest product has columns
+    TOKENS,  # [N]
+    POSITIONS,  # [N]
+    TABLES,  # [N], addresses of the numbers of the sequence's blocks
+    ROWS,  # [R], indices of tokens
+    STATES,  # [N, I]: the residual stream
+    NORMED,  # [N, I]
+    HEADS,  # [N, (H + 2 K) D]: queries, keys, values
+    ATTENDED,  # [N, H D]
+    INNER,  # [N, 2 F]: gates and what passes them
+    GATED,  # [N, F]
+    SCORES,  # [threads, G, MAX_CONTEXT]
+    RESULT,  # [R, NUM_PANELS * LANES], or [R, I]
+    NUM_FIELDS,
+) = range(35)
+
+# A layer. Products are panels: [columns / LANES, inputs, LANES].
+(
+    ATTENTION_NORM,  # [I]
+    HEADS_PRODUCT,  # columns (H + 2 K) D
+    HEADS_BIAS,
+    QUERY_NORM,  # [D], or 0
+    KEY_NORM,
+    KEYS,  # [blocks, K, D, BLOCK_SIZE]
+    VALUES,  # [blocks, BLOCK_SIZE, K, D]
+    WINDOW,  # positions that a token sees
+    ATTENDED_PRODUCT,  # columns I
+    INNER_NORM,
+    INNER_PRODUCT,  # columns 2 F
+    GATED_PRODUCT,  # columns I
+    NUM_LAYER_FIELDS,
+) = range(13)
+
+# A product.
+(
+    PRODUCT_COUNTER,  # zero
+    PRODUCT_ROWS,
+    PRODUCT_INPUT,  # [rows, inputs]
+    PRODUCT_INPUTS,
+    PRODUCT_PANELS,
+    PRODUCT_NUM_PANELS,
+    PRODUCT_BIAS,  # [panels * LANES]
+    PRODUCT_RESULT,  # [rows, panels * LANES]
+    NUM_PRODUCT_FIELDS,
+) = range(9)
+
+NUM_PHASES = 9
+"""Of a layer; a pass has 4 more."""
+
+_FLOAT = ir.FloatType()
+_LONG = ir.IntType(64)
+_INT = ir.IntType(32)
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+_LONG_ORDER = 8  # alignment of atomic numbers
+
+
+@intrinsic
+def _floats(_context: Any, address: Any) -> Any:
+    """The address of float32 numbers, as a pointer."""
+
+    def build(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], _FLOAT.as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), build
+
+
+@intrinsic
+def _longs(_context: Any, address: Any) -> Any:
+    """The address of int64 numbers, as a pointer."""
+
+    def build(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], _LONG.as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), build
+
+
+@intrinsic
+def _add_one(_context: Any, address: Any) -> Any:
+    """Add one to a number that threads share; return what it was."""
+
+    def build(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], _LONG.as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(_LONG, 1), "acq_rel")
+
+    return types.int64(types.int64), build
+
+
+@intrinsic
+def _read_shared(_context: Any, address: Any) -> Any:
+    """Return a number that threads share, with all that was written before it."""
+
+    def build(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], _LONG.as_pointer())
+        return builder.load_atomic(pointer, "acquire", _LONG_ORDER)
+
+    return types.int64(types.int64), build
+
+
+@intrinsic
+def _rest(_context: Any, is_long: Any) -> Any:
+    """Wait for a moment, or let another process have the core."""
+
+    def build(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        with builder.if_else(builder.trunc(arguments[0], ir.IntType(1))) as (long, short):
+            with long:
+                kind = ir.FunctionType(_INT, [])
+                builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+            with short:
+                if _IS_X86:
+                    kind = ir.FunctionType(ir.VoidType(), [])
+                    builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return cgutils.get_null_value(ir.IntType(8).as_pointer())
+
+    return types.void(types.int64), build
+
+
+@intrinsic
+def _call(_context: Any, address: Any) -> Any:
+    """Call a C function without arguments that returns an int."""
+
+    def build(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        function = builder.inttoptr(arguments[0], ir.FunctionType(_INT, []).as_pointer())
+        return builder.sext(builder.call(function, []), _LONG)
+
+    return types.int64(types.int64), build
+
+
+def _tile(num_rows: int, num_vectors: int) -> Callable[..., None]:
+    """Return the function out = start + x W for so many rows and vectors of columns, as `_multiply` calls it."""
+
+    @intrinsic
+    def tile(
+        _context: Any,
+        x: Any,
+        x_stride: Any,
+        weights: Any,
+        input_stride: Any,
+        vector_stride: Any,
+        num_inputs: Any,
+        start: Any,
+        start_stride: Any,
+        out: Any,
+        out_stride: Any,
+    ) -> Any:
+        def build(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+            x, x_stride, weights, input_stride, vector_stride, num_inputs, start, start_stride, out, out_stride = (
+                arguments
+            )
+            byte = ir.IntType(8).as_pointer()
+            fma = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32"
+            )
+            prefetch = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT]), "llvm.prefetch.p0"
+            )
+
+            def at(address: Any, index: int, stride: Any) -> Any:
+                return builder.add(address, builder.mul(stride, ir.Constant(_LONG, index)))
+
+            def vector_at(address: Any) -> Any:
+                return builder.inttoptr(address, _VECTOR.as_pointer())
+
+            def load(address: Any) -> Any:
+                vector = builder.load(vector_at(address))
+                vector.align = 4
+                return vector
+
+            width = ir.Constant(_LONG, 4 * LANES)
+            places = [(row, vector) for row in range(num_rows) for vector in range(num_vectors)]
+            sums = {place: cgutils.alloca_once(builder, _VECTOR) for place in places}
+            for row, vector in places:
+                builder.store(load(at(at(start, row, start_stride), vector, width)), sums[row, vector])
+            rows = [at(x, row, x_stride) for row in range(num_rows)]
+            panels = [at(weights, vector, vector_stride) for vector in range(num_vectors)]
+            ahead = builder.mul(input_stride, ir.Constant(_LONG, _PREFETCHED))
+            undefined = ir.Constant(_VECTOR, ir.Undefined)
+            first_lane = ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES)
+            with cgutils.for_range(builder, num_inputs) as loop:
+                column = builder.mul(loop.index, input_stride)
+                factors = []
+                for panel in panels:
+                    address = builder.add(panel, column)
+                    factors.append(load(address))
+                    hint = [ir.Constant(_INT, number) for number in (0, 3, 1)]
+                    builder.call(prefetch, [builder.inttoptr(builder.add(address, ahead), byte), *hint])
+                offset = builder.mul(loop.index, ir.Constant(_LONG, 4))
+                for row in range(num_rows):
+                    number = builder.load(builder.inttoptr(builder.add(rows[row], offset), _FLOAT.as_pointer()))
+                    lane = builder.insert_element(undefined, number, ir.Constant(_INT, 0))
+                    spread = builder.shuffle_vector(lane, undefined, first_lane)
+                    for vector, factor in enumerate(factors):
+                        place = sums[row, vector]
+                        builder.store(builder.call(fma, [spread, factor, builder.load(place)]), place)
+            for row, vector in places:
+                address = at(at(out, row, out_stride), vector, width)
+                builder.store(builder.load(sums[row, vector]), vector_at(address)).align = 4
+            return cgutils.get_null_value(byte)
+
+        return types.void(*[types.int64] * 10), build
+
+    return tile
+
+
+_tile_1x1, _tile_2x1, _tile_3x1, _tile_4x1, _tile_5x1, _tile_6x1, _tile_7x1, _tile_8x1 = (
+    _tile(num_rows, 1) for num_rows in range(1, 9)
+)
+_tile_1x3, _tile_2x3, _tile_3x3, _tile_4x3, _tile_5x3, _tile_6x3, _tile_7x3, _tile_8x3 = (
+    _tile(num_rows, _NUM_VECTORS) for num_rows in range(1, 9)
+)
+
+
+@compiled
+def _tiles_x1(m: int, x: int, xs: int, w: int, ws: int, vs: int, k: int, s: int, ss: int, out: int, outs: int) -> None:
+    """One vector of columns of m rows, at most `_MAX_ROWS`."""
+    if m == 1:
+        _tile_1x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+    elif m == 2:
+        _tile_2x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+    elif m == 3:
+        _tile_3x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+    elif m == 4:
+        _tile_4x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+    elif m == 5:
+        _tile_5x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+    elif m == 6:
+        _tile_6x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+    elif m == 7:
+        _tile_7x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+    else:
+        _tile_8x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+
+
+@compiled
+def _tiles_x3(m: int, x: int, xs: int, w: int, ws: int, vs: int, k: int, s: int, ss: int, out: int, outs: int) -> None:
+    """Three vectors of columns of m rows, at most `_MAX_ROWS`."""
+    if m == 1:
+        _tile_1x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+    elif m == 2:
+        _tile_2x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+    elif m == 3:
+        _tile_3x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+    elif m == 4:
+        _tile_4x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+    elif m == 5:
+        _tile_5x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+    elif m == 6:
+        _tile_6x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+    elif m == 7:
+        _tile_7x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+    else:
+        _tile_8x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+
+
+@compiled
+def _multiply(
+    num_rows: int,
+    x: int,
+    x_stride: int,
+    weights: int,
+    input_stride: int,
+    vector_stride: int,
+    num_inputs: int,
+    start: int,
+    start_stride: int,
+    out: int,
+    out_stride: int,
+    num_vectors: int,
+) -> None:
+    """out = start + x W for n vectors of columns. Strides are in bytes; a start of stride 0 serves all rows."""
+    width = 4 * LANES
+    for row in range(0, num_rows, _MAX_ROWS):
+        m = min(_MAX_ROWS, num_rows - row)
+        xr, sr, outr = x + row * x_stride, start + row * start_stride, out + row * out_stride
+        v = 0
+        while v + _NUM_VECTORS <= num_vectors:
+            wv = weights + v * vector_stride
+            _tiles_x3(
+                m, xr, x_stride, wv, input_stride, vector_stride, num_inputs,
+                sr + v * width, start_stride, outr + v * width, out_stride,
+            )  # fmt: skip
+            v += _NUM_VECTORS
+        while v < num_vectors:
+            wv = weights + v * vector_stride
+            _tiles_x1(
+                m, xr, x_stride, wv, input_stride, vector_stride, num_inputs,
+                sr + v * width, start_stride, outr + v * width, out_stride,
+            )  # fmt: skip
+            v += 1
+
+
+@compiled
+def _multiply_panels(
+    counter: int,
+    num_rows: int,
+    x: int,
+    num_inputs: int,
+    weights: int,
+    num_panels: int,
+    start: int,
+    start_stride: int,
+    out: int,
+    out_stride: int,
+) -> None:
+    """out = start + x W, by all threads together: each takes a few panels after the other."""
+    panel = 4 * LANES * num_inputs
+    width = 4 * LANES
+    while True:
+        p = _add_one(counter) * _NUM_VECTORS
+        if p >= num_panels:
+            return
+        _multiply(
+            num_rows, x, 4 * num_inputs, weights + p * panel, width, panel, num_inputs,
+            start + p * width, start_stride, out + p * width, out_stride, min(_NUM_VECTORS, num_panels - p),
+        )  # fmt: skip
+
+
+@compiled
+def _wait(job: int, num_threads: int, num_waits: int) -> int:
+    """Wait until every thread has come here as often; return how often that was, this time included."""
+    num_waits += 1
+    arrivals = job + 8 * ARRIVALS
+    _add_one(arrivals)
+    wanted = num_threads * num_waits
+    num_spins = 0
+    while _read_shared(arrivals) < wanted:
+        num_spins += 1
+        _rest(1 if num_spins > _NUM_SPINS else 0)
+    return num_waits
+
+
+@compiled
+def _exponential(x: Any) -> Any:
+    """e ** x for x <= 0, to an ulp or two; what is below the smallest normal number becomes about that."""
+    x = np.float32(-87.0) if x < np.float32(-87.0) else x
+    # 1.5 * 2**23: adding it rounds to a whole number.
+    n = (x * np.float32(1.4426950408889634) + np.float32(12582912.0)) - np.float32(12582912.0)
+    r = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = (p * r) * r + r + np.float32(1)
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@compiled
+def _normalise(source: int, scale: int, target: int, width: int, epsilon: float) -> None:
+    """An RMS norm, scale * x / sqrt(mean(x^2) + epsilon) (arXiv 1910.07467), of one row."""
+    x, w, out = carray(_floats(source), width), carray(_floats(scale), width), carray(_floats(target), width)
+    lanes = np.zeros(LANES, np.float32)
+    for i in range(0, width, LANES):
+        for j in range(LANES):
+            lanes[j] += x[i + j] * x[i + j]
+    total = np.float32(0)
+    for j in range(LANES):
+        total += lanes[j]
+    factor = np.float32(1) / np.sqrt(total / np.float32(width) + epsilon)
+    for i in range(width):
+        out[i] = w[i] * (x[i] * factor)
+
+
+@compiled
+def _rotate(address: int, cosine: Any, sine: Any, width: int) -> None:
+    """Rotate a head by the angles of its position (arXiv 2104.09864), in place."""
+    x = carray(_floats(address), width)
+    half = width // 2
+    for i in range(half):
+        a, b = x[i], x[i + half]
+        x[i] = a * cosine[i] - b * sine[i]
+        x[i + half] = b * cosine[i + half] + a * sine[i + half]
+
+
+@compiled
+def _place_heads(job: Table, layer: Table, token: int, epsilon: float) -> None:
+    """Norm and rotate a token's queries and keys, and write its keys and values into the cache."""
+    num_heads, num_key_heads, width = job[NUM_HEADS], job[NUM_KEY_HEADS], job[HEAD_WIDTH]
+    row = job[HEADS] + 4 * token * (num_heads + 2 * num_key_heads) * width
+    position = carray(_longs(job[POSITIONS]), job[NUM_TOKENS])[token]
+    cosine = carray(_floats(job[COSINE] + 4 * position * width), width)
+    sine = carray(_floats(job[SINE] + 4 * position * width), width)
+    for head in range(num_heads + num_key_heads):
+        address = row + 4 * head * width
+        norm = layer[QUERY_NORM] if head < num_heads else layer[KEY_NORM]
+        if norm != 0:
+            _normalise(address, norm, address, width, epsilon)
+        _rotate(address, cosine, sine, width)
+    table = carray(_longs(job[TABLES]), job[NUM_TOKENS])[token]
+    block = carray(_longs(table + 8 * (position // BLOCK_SIZE)), 1)[0]
+    slot = position % BLOCK_SIZE
+    new = carray(_floats(row + 4 * num_heads * width), (2, num_key_heads * width))
+    size = num_key_heads * width * BLOCK_SIZE
+    keys = carray(_floats(layer[KEYS] + 4 * block * size), (num_key_heads * width, BLOCK_SIZE))
+    values = carray(_floats(layer[VALUES] + 4 * block * size), (BLOCK_SIZE, num_key_heads * width))
+    for i in range(num_key_heads * width):
+        keys[i, slot] = new[0, i]
+    for i in range(num_key_heads * width):
+        values[slot, i] = new[1, i]
+
+
+@compiled
+def _attend(job: Table, layer: Table, item: int, scores: int, scale: float) -> None:
+    """Attend with one token's queries of one key-value head."""
+    num_heads, num_key_heads, width = job[NUM_HEADS], job[NUM_KEY_HEADS], job[HEAD_WIDTH]
+    token, head = item // num_key_heads, item % num_key_heads
+    num_queries = num_heads // num_key_heads
+    length = carray(_longs(job[POSITIONS]), job[NUM_TOKENS])[token] + 1
+    first = max(0, length - layer[WINDOW])
+    first_block, num_blocks = first // BLOCK_SIZE, (length + BLOCK_SIZE - 1) // BLOCK_SIZE
+    blocks = carray(_longs(carray(_longs(job[TABLES]), job[NUM_TOKENS])[token]), num_blocks)
+    queries = job[HEADS] + 4 * (token * (num_heads + 2 * num_key_heads) + head * num_queries) * width
+    score_stride = 4 * job[MAX_CONTEXT]
+    size = 4 * num_key_heads * width * BLOCK_SIZE
+    for b in range(first_block, num_blocks):
+        _multiply(
+            num_queries, queries, 4 * width,
+            layer[KEYS] + blocks[b] * size + 4 * head * width * BLOCK_SIZE, 4 * BLOCK_SIZE, 4 * LANES, width,
+            job[ZEROS], 0, scores + 4 * b * BLOCK_SIZE, score_stride, BLOCK_SIZE // LANES,
+        )  # fmt: skip
+    out = job[ATTENDED] + 4 * (token * num_heads + head * num_queries) * width
+    start, start_stride = job[ZEROS], 0
+    totals = np.empty(num_queries, np.float32)
+    for query in range(num_queries):
+        row = carray(_floats(scores + query * score_stride), length)
+        best = row[first]
+        for i in range(first, length):
+            best = max(best, row[i])
+        for i in range(first, length):
+            row[i] = _exponential((row[i] - best) * scale)
+        total = np.float32(0)
+        for i in range(first, length):
+            total += row[i]
+        totals[query] = total
+    for b in range(first_block, num_blocks):
+        begin = max(first, b * BLOCK_SIZE)
+        end = min(length, (b + 1) * BLOCK_SIZE)
+        place = 4 * ((begin % BLOCK_SIZE) * num_key_heads + head) * width
+        _multiply(
+            num_queries, scores + 4 * begin, score_stride,
+            layer[VALUES] + blocks[b] * size + place, 4 * num_key_heads * width, 4 * LANES, end - begin,
+            start, start_stride, out, 4 * width, width // LANES,
+        )  # fmt: skip
+        start, start_stride = out, 4 * width
+    for query in range(num_queries):
+        attended = carray(_floats(out + 4 * query * width), width)
+        for i in range(width):
+            attended[i] /= totals[query]
+
+
+@compiled
+def _gate(source: int, target: int, width: int) -> None:
+    """SiLU(gates) * what passes them (arXiv 2002.05202), of one row."""
+    gates = carray(_floats(source), width)
+    passing = carray(_floats(source + 4 * width), width)
+    out = carray(_floats(target), width)
+    for i in range(width):
+        g = gates[i]
+        e = _exponential(-g if g > 0 else g)
+        # 1 / (1 + e^-g), without large exponentials.
+        share = (np.float32(1) if g > 0 else e) / (np.float32(1) + e)
+        out[i] = g * share * passing[i]
+
+
+@compiled
+def _normalise_tokens(counter: int, job: Table, norm: int, epsilon: float) -> None:
+    """Norm the residual stream, by all threads together."""
+    width = job[HIDDEN_WIDTH]
+    i = _add_one(counter)
+    while i < job[NUM_TOKENS]:
+        _normalise(job[STATES] + 4 * i * width, norm, job[NORMED] + 4 * i * width, width, epsilon)
+        i = _add_one(counter)
+
+
+@compiled
+def _embed(counter: int, job: Table) -> None:
+    """Begin the residual stream with the tokens' embeddings."""
+    width = job[HIDDEN_WIDTH]
+    tokens = carray(_longs(job[TOKENS]), job[NUM_TOKENS])
+    i = _add_one(counter)
+    while i < job[NUM_TOKENS]:
+        embedding = carray(_floats(job[EMBEDDING] + 4 * tokens[i] * width), width)
+        state = carray(_floats(job[STATES] + 4 * i * width), width)
+        for j in range(width):
+            state[j] = embedding[j]
+        i = _add_one(counter)
+
+
+@compiled
+def _run(address: int) -> None:
+    """All phases of a pass; each has a counter of its own, in their order."""
+    job = carray(_longs(address), NUM_FIELDS)
+    num_threads, num_waits = _call(job[TEAM_SIZE]), 0
+    thread = _add_one(job[COUNTERS])
+    counter = job[COUNTERS] + 8
+    n, hidden, inner = job[NUM_TOKENS], job[HIDDEN_WIDTH], job[INNER_WIDTH]
+    num_heads, num_key_heads, width = job[NUM_HEADS], job[NUM_KEY_HEADS], job[HEAD_WIDTH]
+    num_head_columns = (num_heads + 2 * num_key_heads) * width
+    scores = job[SCORES] + 4 * thread * (num_heads // num_key_heads) * job[MAX_CONTEXT]
+    epsilon, scale = carray(_floats(job[EPSILON]), 1)[0], carray(_floats(job[SCALE]), 1)[0]
+    layers = carray(_longs(job[LAYERS]), (job[NUM_LAYERS], NUM_LAYER_FIELDS))
+    _embed(counter, job)
+    for number in range(job[NUM_LAYERS]):
+        layer = layers[number]
+        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+        _normalise_tokens(counter, job, layer[ATTENTION_NORM], epsilon)
+        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+        _multiply_panels(
+            counter, n, job[NORMED], hidden, layer[HEADS_PRODUCT], num_head_columns // LANES,
+            layer[HEADS_BIAS], 0, job[HEADS], 4 * num_head_columns,
+        )  # fmt: skip
+        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+        i = _add_one(counter)
+        while i < n:
+            _place_heads(job, layer, i, epsilon)
+            i = _add_one(counter)
+        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+        i = _add_one(counter)
+        while i < n * num_key_heads:
+            _attend(job, layer, i, scores, scale)
+            i = _add_one(counter)
+        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+        _multiply_panels(
+            counter, n, job[ATTENDED], num_heads * width, layer[ATTENDED_PRODUCT], hidden // LANES,
+            job[STATES], 4 * hidden, job[STATES], 4 * hidden,
+        )  # fmt: skip
+        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+        _normalise_tokens(counter, job, layer[INNER_NORM], epsilon)
+        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+        _multiply_panels(
+            counter, n, job[NORMED], hidden, layer[INNER_PRODUCT], 2 * inner // LANES,
+            job[ZEROS], 0, job[INNER], 8 * inner,
+        )  # fmt: skip
+        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+        i = _add_one(counter)
+        while i < n:
+            _gate(job[INNER] + 8 * i * inner, job[GATED] + 4 * i * inner, inner)
+            i = _add_one(counter)
+        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+        _multiply_panels(
+            counter, n, job[GATED], inner, layer[GATED_PRODUCT], hidden // LANES,
+            job[STATES], 4 * hidden, job[STATES], 4 * hidden,
+        )  # fmt: skip
+    num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+    rows = carray(_longs(job[ROWS]), job[NUM_ROWS])
+    normed = job[NORMED] if job[NUM_PANELS] else job[RESULT]
+    i = _add_one(counter)
+    while i < job[NUM_ROWS]:
+        _normalise(job[STATES] + 4 * rows[i] * hidden, job[FINAL_NORM], normed + 4 * i * hidden, hidden, epsilon)
+        i = _add_one(counter)
+    num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+    _multiply_panels(
+        counter, job[NUM_ROWS], normed, hidden, job[OUTPUT], job[NUM_PANELS],
+        job[ZEROS], 0, job[RESULT], 4 * LANES * job[NUM_PANELS],
+    )  # fmt: skip
+
+
+@compiled
+def _run_product(address: int) -> None:
+    job = carray(_longs(address), NUM_PRODUCT_FIELDS)
+    _multiply_panels(
+        address + 8 * PRODUCT_COUNTER, job[PRODUCT_ROWS], job[PRODUCT_INPUT], job[PRODUCT_INPUTS], job[PRODUCT_PANELS],
+        job[PRODUCT_NUM_PANELS], job[PRODUCT_BIAS], 0, job[PRODUCT_RESULT], 4 * LANES * job[PRODUCT_NUM_PANELS],
+    )  # fmt: skip
+
+
+def _entry(function: Callable[[int], None]) -> int:
+    """Return the address of a function that a thread of a team can enter with its table's address."""
+    try:
+        entered = cfunc("void(int64)", cache=True, **OPTIONS)(function)
+    except RuntimeError:  # no place for a cache: compiled in every process
+        entered = cfunc("void(int64)", **OPTIONS)(function)
+    _entered.append(entered)
+    return int(entered.address)
+
+
+_entered: list[Any] = []  # code lives as long as these
+
+
+def _enter_pass(address: int) -> None:
+    _run(address)
+
+
+def _enter_product(address: int) -> None:
+    _run_product(address)
+
+
+run_pass = _entry(_enter_pass)
+run_product = _entry(_enter_product)
