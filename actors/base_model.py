@@ -28,6 +28,7 @@ class BaseModel:
 
     async def check_health(self) -> None:
         """Raise if steps are no longer run, so that Serve replaces the replica."""
+        self._server.report()
         self._server.check_health()
 
     async def __del__(self) -> None:

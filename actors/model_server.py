@@ -22,6 +22,7 @@ from actors.guidance.output import OutputFunction
 from actors.leases import BaseDescription, Lease, LeaseRequest, Refusal
 from actors.prompts import PromptEncoder
 from actors.settings import BaseModelSettings
+from actors.telemetry import Telemetry
 from actors.turns import Turns
 from cluster.errors import DeadlineExceeded, EngineError, InvalidRequest, Preempted, ReplicaLost, TrimtabError
 from cluster.exchange import Failure, Step, StepRows, StepServer, Work
@@ -103,6 +104,9 @@ class ModelServer:
         self._answerable: list[_Message] = []
         self._wake = asyncio.Event()
         self._busy_since: float | None = None
+        self._num_passes = 0
+        self._pass_s = 0.0
+        self._telemetry = Telemetry()
 
     @classmethod
     def load(
@@ -164,6 +168,17 @@ class ModelServer:
             raise ReplicaLost(f"the loop of {self._replica} has ended")
         if self._busy_since is not None and time.monotonic() - self._busy_since > HANG_S:
             raise ReplicaLost(f"a step of {self._replica} has not ended within {HANG_S:g} s")
+
+    def report(self) -> None:
+        """Bring the replica's figures to Ray."""
+        counters = self.engine.counters
+        self._telemetry.level("leases", len(self._leases))
+        self._telemetry.level("cache_use", self.engine.cache_use)
+        self._telemetry.total("passes", self._num_passes)
+        self._telemetry.total("pass_seconds", self._pass_s)
+        self._telemetry.total("computed_tokens", counters.num_computed_tokens)
+        self._telemetry.total("reused_tokens", counters.num_reused_tokens)
+        self._telemetry.total("preemptions", self.schedule.num_preemptions)
 
     async def lease(self, request: LeaseRequest) -> AsyncGenerator[Lease | Refusal, None]:
         """Hold room for a sequence until the caller ends the call or its stream breaks.
@@ -251,8 +266,11 @@ class ModelServer:
         for message in arrived:
             self._take(message)
         if self.schedule.has_tasks:
+            start = time.perf_counter()
             with self._turns.take() if self._turns else nullcontext():
                 done = self.schedule.run()
+            self._num_passes += 1
+            self._pass_s += time.perf_counter() - start
             for task in done:
                 message = self._messages.pop(task)
                 if task.is_preempted:

@@ -144,6 +144,11 @@ class Engine:
         loaded = load_model(model, dtype=dtype, device=device)
         return cls(loaded, max_sequences=max_sequences, max_context=max_context, cache_tokens=cache_tokens, rows=rows)
 
+    @property
+    def cache_use(self) -> float:
+        """Share of the cache that open sequences hold, 0 to 1."""
+        return 1 - self._pool.num_available / self._pool.num_blocks
+
     def open(self, sequence: str) -> None:
         """Open an empty sequence.
 
