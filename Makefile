@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # Ray starts jobs with the `python` that is on its PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: serve test bench check format models proto clean
+.PHONY: serve test fuzz bench check format models proto clean
 
 # The service in the foreground, on http://127.0.0.1:8000; Ctrl-C ends it. The variable has Serve's proxy talk gRPC to
 # the gateway, which halves what a streamed token costs; a cluster that runs already keeps what it was started with.
@@ -20,6 +20,12 @@ serve: $(VENV)/installed models
 TESTS ?= tests
 test: $(VENV)/installed-dev models
 	$(BIN)/python -m pytest $(TESTS)
+
+# What no honest client sends: 10,000 hostile requests, the OpenAPI schema's corners, broken bytes on every port; some
+# minutes. `make test` has a small sample of it. FUZZ=1000 sends fewer.
+FUZZ ?= 10000
+fuzz: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/unit/test_fuzz_*.py tests/cluster/test_fuzz_*.py --fuzz $(FUZZ) --timeout 1800
 
 # Speed beside transformers `generate`, as a table and in results/bench; about 40 minutes. ARGS="--help" says how to shorten.
 ARGS ?=

@@ -26,6 +26,7 @@ from actors.telemetry import Telemetry
 from actors.turns import Turns
 from cluster.errors import DeadlineExceeded, EngineError, InvalidRequest, Preempted, ReplicaLost, TrimtabError
 from cluster.exchange import Failure, Step, StepRows, StepServer, Work
+from cluster.tls import Tls
 
 ATTACH_TIMEOUT_S = 15.0
 """A lease whose coordinator has not opened its stream by then ends; longer than a coordinator tries."""
@@ -68,6 +69,7 @@ class ModelServer:
         max_prompt_tokens_per_step: int = 256,
         thread: ThreadPoolExecutor | None = None,
         turns: Turns | None = None,
+        tls: Tls | None = None,
     ) -> None:
         """Serve an engine.
 
@@ -82,6 +84,7 @@ class ModelServer:
                 a team of its own, and lets none of them wait actively once there are more threads than cores: steps
                 then took up to 1.6 times as long.
             turns: taken for every forward pass, where other models compute on the same cores.
+            tls: of the data plane.
         """
         self.engine = engine
         self.schedule = Schedule(engine, max_prompt_tokens=max_prompt_tokens_per_step)
@@ -93,7 +96,9 @@ class ModelServer:
         """Digest of the base's tokens: its own, or those that a guide was checked against."""
         self._encoder = encoder
         self._replica = replica
-        self._server = StepServer(self, row_width=engine.row_width, dtype=engine.dtype, max_rows=max_rows, host=host)
+        self._server = StepServer(
+            self, row_width=engine.row_width, dtype=engine.dtype, max_rows=max_rows, host=host, tls=tls
+        )
         self._starting = asyncio.Lock()
         self._loop: asyncio.Task[None] | None = None
         self._thread = thread or engine_thread()
@@ -140,6 +145,7 @@ class ModelServer:
             max_prompt_tokens_per_step=settings.max_prompt_tokens_per_step,
             thread=thread,
             turns=Turns() if settings.takes_turns else None,
+            tls=Tls.of_environment(os.environ),
         )
         server.base_vocabulary = base_vocabulary
         if engine.output is not None:

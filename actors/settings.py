@@ -125,7 +125,26 @@ class Limits(Settings):
     """A replica that takes longer for one step counts as lost."""
 
     max_open_requests: int = Field(default=1000, ge=1)
-    """Per coordinator, those that wait for room included; what comes beyond is refused (HTTP 429)."""
+    """Per coordinator and per gateway, those that wait for room included; what comes beyond is refused (HTTP 429)."""
+
+    max_body_bytes: int = Field(default=2**20, ge=1024)
+    """Of a request over HTTP; what is longer is refused (413) before it is read to its end. With `max_open_requests` it
+    bounds what requests take of a gateway's memory."""
+
+    body_timeout_s: float = Field(default=30, gt=0)
+    """Time that a client has to send a request's body (408)."""
+
+
+class SecuritySettings(Settings):
+    """Who may use the service over HTTP."""
+
+    keys_file: str | None = None
+    """The API keys, as `python -m deploy.keys` keeps them: a path, relative to the checkout or absolute, that every
+    gateway can read. In its place the variable TRIMTAB_KEYS may hold the file's text. With neither, nobody needs a key,
+    and the service serves loopback addresses only."""
+
+    allow_public_without_keys: bool = False
+    """Serve addresses that others can reach though nobody needs a key."""
 
 
 class CoordinatorSettings(Settings):
@@ -133,6 +152,7 @@ class CoordinatorSettings(Settings):
 
     exchange: ExchangeSettings = ExchangeSettings()
     limits: Limits = Limits()
+    security: SecuritySettings = SecuritySettings()
 
 
 class GuidanceSettings(Settings):

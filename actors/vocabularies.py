@@ -14,7 +14,7 @@ def load_tokenizer(model: str) -> Any:
     Raises:
         InvalidConfiguration: it has none.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise InvalidConfiguration(
             f"{model} has no fast tokenizer (tokenizer.json); convert it with transformers first"
@@ -24,7 +24,7 @@ def load_tokenizer(model: str) -> Any:
 
 def end_tokens(model: str, tokenizer: Any) -> frozenset[int]:
     """Return the ids that end a text: those of the generation settings, and the tokenizer's own."""
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     try:
         eos = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:
@@ -37,6 +37,6 @@ def read_vocabulary(model: str, tokenizer: Any) -> Vocabulary:
     """Return what guidance must know of a model's vocabulary."""
     return Vocabulary(
         tokens=tokenizer.convert_ids_to_tokens(range(max(tokenizer.get_vocab().values()) + 1)),
-        width=AutoConfig.from_pretrained(model).get_text_config().vocab_size,
+        width=AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().vocab_size,
         end_tokens=end_tokens(model, tokenizer),
     )

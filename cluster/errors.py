@@ -41,6 +41,15 @@ class UnknownModel(InvalidRequest):
 class Overloaded(TrimtabError):
     """There is no room for another sequence at present."""
 
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s)
+        self.message = message
+        self.retry_after_s = retry_after_s
+        """When there may be room, if that is known."""
+
+    def __str__(self) -> str:
+        return self.message
+
 
 class ReplicaLost(TrimtabError):
     """A model replica died, hung, or cannot be had."""

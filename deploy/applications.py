@@ -35,7 +35,7 @@ def trimtab(args: CoordinatorSettings) -> Application:
     """`trimtab`: HTTP, and the loop that steers."""
     light = {"max_ongoing_requests": UNBOUNDED, "ray_actor_options": LIGHT, **HEALTH_CHECK}
     coordinator = serve.deployment(Coordinator, **light).bind(args)
-    return serve.deployment(Gateway, **light).bind(coordinator, args.limits.deadline_s)
+    return serve.deployment(Gateway, **light).bind(coordinator, args)
 
 
 def model_options(args: BaseModelSettings) -> dict[str, Any]:

@@ -5,6 +5,7 @@ finds the first mistake in any of them, by its path, in seconds and without load
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from actors.guidance import check_vocabulary
 from actors.settings import BaseModelSettings, CoordinatorSettings, GuidanceSettings, GuideSettings
 from actors.vocabularies import load_tokenizer, read_vocabulary
 from cluster.errors import InvalidConfiguration
+from deploy.access.exposure import is_loopback
+from deploy.access.keys import KeyRing
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -61,6 +64,7 @@ def check(config: object) -> None:
             if model is CoordinatorSettings and isinstance(deployment.user_config, dict):
                 validate(f"{where}.user_config", GuidanceSettings, deployment.user_config)
     _check_guides(schema, settings)
+    _check_security(schema, settings[TRIMTAB])
     _check_models(settings)
 
 
@@ -133,6 +137,18 @@ def _check_guides(schema: ServeDeploySchema, settings: Mapping[str, BaseModel]) 
         raise InvalidConfiguration("applications: Gateway and Coordinator need the same user_config")
 
 
+def _check_security(schema: ServeDeploySchema, settings: BaseModel) -> None:
+    """Check that the keys can be read, and that strangers need one where they can reach the service."""
+    assert isinstance(settings, CoordinatorSettings)
+    keys = KeyRing.load(settings.security, os.environ)
+    host = schema.http_options.host
+    if keys is None and not settings.security.allow_public_without_keys and not is_loopback(host):
+        raise InvalidConfiguration(
+            f"http_options.host: {host} can be reached by others, and nobody needs a key; set it to 127.0.0.1, name "
+            f"keys in security.keys_file of {TRIMTAB!r}, or set its security.allow_public_without_keys to true"
+        )
+
+
 def _check_models(settings: Mapping[str, BaseModel]) -> None:
     """Check that models can be read, have enough context, and that the guides' vocabularies fit the base's."""
     base = settings[BASE]
@@ -140,7 +156,7 @@ def _check_models(settings: Mapping[str, BaseModel]) -> None:
     for name, model in settings.items():
         if isinstance(model, BaseModelSettings):
             try:
-                model_config = AutoConfig.from_pretrained(model.model)
+                model_config = AutoConfig.from_pretrained(model.model, trust_remote_code=False)
             except (OSError, ValueError) as error:
                 raise InvalidConfiguration(f"{name}: the model {model.model!r} cannot be read: {error}") from error
             longest = getattr(model_config, "max_position_embeddings", None)

@@ -82,7 +82,11 @@ def prepare(options: argparse.Namespace) -> Job:
     options.model = locate(options.model)
     texts = read_texts(options.data, skip_bad_rows=options.skip_bad_rows, split=options.split)
     try:
-        num_layers = AutoConfig.from_pretrained(options.model).get_text_config(decoder=True).num_hidden_layers
+        num_layers = (
+            AutoConfig.from_pretrained(options.model, trust_remote_code=False)
+            .get_text_config(decoder=True)
+            .num_hidden_layers
+        )
     except (OSError, ValueError) as error:
         raise InvalidConfiguration(f"--model: {options.model!r} cannot be loaded: {error}") from error
     layers = choose_layers(num_layers, options.keep) if options.layers is None else parse_layers(options.layers)

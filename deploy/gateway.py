@@ -1,27 +1,32 @@
 """The HTTP side of the service: OpenAI's API in, server-sent events out. Holds no model."""
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import ray
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from actors.coordinator.request import parse_request
 from actors.coordinator.sequence import Piece
-from actors.settings import NO_GUIDANCE, GuidanceSettings, parse_guidance
+from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
 from cluster.delivery import Feed, Inbox
 from cluster.errors import DeadlineExceeded, ReplicaLost, TrimtabError
+from cluster.tls import Tls
+from deploy.access import Access, Guard, caller_of
 from deploy.openai_schema import Answer, ChatCompletionRequest, CompletionRequest, TextRequest
-from deploy.responses import RETRY_AFTER_S, answer_errors, stream_events
+from deploy.responses import ERRORS, RETRY_AFTER_S, STREAMS, answer_errors, stream_events
 
-app = FastAPI(title="Trimtab", description="Weak-to-strong guided generation")
+app = FastAPI(title="Trimtab", description="Weak-to-strong guided generation", responses=ERRORS, redirect_slashes=False)
 answer_errors(app)
+app.add_middleware(Guard)
 
 
 # Above the class: `serve.ingress` takes the app, and what its methods use, as they are at that moment.
@@ -41,10 +46,12 @@ async def _follow(call: DeploymentResponse, feed: Feed) -> None:
 class Gateway:
     """A Serve deployment that speaks OpenAI's HTTP API."""
 
-    def __init__(self, coordinator: DeploymentHandle, deadline_s: float) -> None:
+    def __init__(self, coordinator: DeploymentHandle, settings: CoordinatorSettings) -> None:
+        self.access = Access.of_replica(settings)
+        """What the guard asks of every request."""
         self._coordinator = coordinator
         # The coordinator's own deadline comes first and says more; this one is for a coordinator that is not there.
-        self._deadline_s = deadline_s + 10
+        self._deadline_s = settings.limits.deadline_s + 10
         self._guidance = GuidanceSettings()
         self._inbox: Inbox | None = None
         self._starting = asyncio.Lock()
@@ -56,6 +63,10 @@ class Gateway:
             InvalidConfiguration: the settings cannot be used; the old ones stay.
         """
         self._guidance = parse_guidance(user_config)
+
+    def check_health(self) -> None:
+        """Raise `InvalidConfiguration` if strangers can reach the service and nobody needs a key (for Serve)."""
+        self.access.check_exposure()
 
     @app.get("/health")
     async def health(self) -> Response:
@@ -76,17 +87,20 @@ class Gateway:
             "data": [{"id": name, "object": "model", "created": 0, "owned_by": "trimtab"} for name in names],
         }
 
-    @app.post("/v1/completions")
-    async def completions(self, request: CompletionRequest) -> Response:
+    @app.post("/v1/completions", responses=STREAMS)
+    async def completions(self, request: CompletionRequest, http: Request) -> Response:
         """Continue a text."""
-        return await self._answer(request)
+        return await self._answer(request, http)
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(self, request: ChatCompletionRequest) -> Response:
+    @app.post("/v1/chat/completions", responses=STREAMS)
+    async def chat_completions(self, request: ChatCompletionRequest, http: Request) -> Response:
         """Write the next turn of a conversation."""
-        return await self._answer(request)
+        return await self._answer(request, http)
 
-    async def _answer(self, request: CompletionRequest | ChatCompletionRequest) -> Response:
+    async def _answer(self, request: CompletionRequest | ChatCompletionRequest, http: Request) -> Response:
+        # What is wrong whatever the models are needs no coordinator, whose log would tell it as a failure.
+        parse_request(self._guidance, request.fields())
+        request.is_for(caller_of(http.scope))
         answer = Answer(request)
         if not request.stream:
             return JSONResponse(answer.whole(await self._generate(request)))
@@ -127,7 +141,7 @@ class Gateway:
         """Where coordinators bring the pieces of all streams."""
         async with self._starting:
             if self._inbox is None:
-                inbox = Inbox(ray.util.get_node_ip_address())
+                inbox = Inbox(ray.util.get_node_ip_address(), tls=Tls.of_environment(os.environ))
                 await inbox.start()
                 self._inbox = inbox
         return self._inbox

@@ -109,8 +109,10 @@ def check_digest(path: Path, expected: str) -> None:
 
 def save_gguf(file: Path, target: Path) -> None:
     """Save a GGUF model as a plain float32 directory that says nothing of how it was quantised."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
     # The weights are dequantised by now, but transformers still refuses to save what was once quantised.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -122,11 +124,13 @@ def save_gguf(file: Path, target: Path) -> None:
 
 def make_guide(base: Path, adapters: Sequence[Path], target: Path) -> None:
     """Save the cut base with the adapters merged into it, one after the other, and the base's tokenizer."""
-    model: Any = cut_layers(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LAYERS)
+    model: Any = cut_layers(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False), LAYERS
+    )
     for adapter in adapters:
         model = merge_adapter(model, adapter)
     model.config.name_or_path = target.name
-    _save(model, AutoTokenizer.from_pretrained(base), target)
+    _save(model, AutoTokenizer.from_pretrained(base, trust_remote_code=False), target)
 
 
 def _save(model: Any, tokenizer: Any, target: Path) -> None:

@@ -7,8 +7,9 @@ import time
 import uuid
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
+from actors.coordinator.admission import Caller
 from actors.coordinator.request import ChatMessage, StopStrings, Text
 from actors.coordinator.sequence import FinishReason, Piece, Usage
 from actors.settings import Weight
@@ -50,6 +51,7 @@ class TextRequest(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     guidance: Guidance | None = None
+    _caller: Caller | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "TextRequest":
@@ -62,11 +64,17 @@ class TextRequest(BaseModel):
         """Whether a stream ends with a chunk of token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    def is_for(self, caller: Caller) -> None:
+        """Note whom the request is for, which no body can say."""
+        self._caller = caller
+
     def fields(self) -> dict[str, Any]:
         """The request as the coordinator takes it: what was given, by the coordinator's names."""
         given = self.model_dump(exclude_none=True, exclude={"stream", "stream_options", "guidance"})
         if self.guidance is not None:
             given["weights"] = self.guidance.weights
+        if self._caller is not None:
+            given["caller"] = self._caller
         return given
 
 
@@ -145,6 +153,12 @@ class Answer:
     @staticmethod
     def _choice(content: dict[str, Any], finish_reason: FinishReason | None) -> dict[str, Any]:
         return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+
+
+class ErrorAnswer(BaseModel):
+    """Body of every answer that is an error."""
+
+    error: "ErrorDetail"
 
 
 class ErrorDetail(BaseModel):

@@ -34,10 +34,10 @@ def sample_locally(
         InvalidConfiguration: it cannot be loaded, or a prompt cannot be encoded or is too long.
     """
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
+        tokenizer: Any = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
         # Eager attention is the fastest in bfloat16 on CPUs.
         model: Any = AutoModelForCausalLM.from_pretrained(
-            options.model, dtype=DTYPES[options.dtype], attn_implementation="eager"
+            options.model, dtype=DTYPES[options.dtype], attn_implementation="eager", trust_remote_code=False
         ).eval()
     except (OSError, ValueError) as error:
         raise InvalidConfiguration(f"--model: {options.model} cannot be loaded: {error}") from error

@@ -1,6 +1,7 @@
 """How answers and errors leave the gateway: one table from errors to HTTP, and server-sent events."""
 
 import json
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from starlette.exceptions import HTTPException
 from actors.coordinator.request import invalid_request
 from actors.coordinator.sequence import Piece
 from cluster.errors import DeadlineExceeded, InvalidRequest, Overloaded, ReplicaLost, TrimtabError, UnknownModel
-from deploy.openai_schema import Answer, ErrorDetail, ErrorType
+from deploy.openai_schema import Answer, ErrorAnswer, ErrorDetail, ErrorType
 
 STATUS: dict[type[BaseException], tuple[int, ErrorType]] = {
     UnknownModel: (404, "invalid_request_error"),
@@ -28,8 +29,23 @@ STATUS: dict[type[BaseException], tuple[int, ErrorType]] = {
 HTTP_NAMES = {"weights": "guidance.weights"}
 """Fields that the coordinator knows by another name."""
 
+MAX_MESSAGE_CHARS = 1000
+"""Of an error's message, which may show what the client sent."""
+
 RETRY_AFTER_S = 5
 FAILURES = (TrimtabError, RayError, RayServeException)
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorAnswer, "description": "The request cannot be served as it is; `param` names what is wrong."},
+    503: {"model": ErrorAnswer, "description": "A model cannot be had at present."},
+    504: {"model": ErrorAnswer, "description": "The answer was not finished in time."},
+}
+"""What every endpoint may answer, for the OpenAPI schema."""
+
+STREAMS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "The answer, or its stream."}
+}
+"""What the endpoints that write text answer."""
 
 
 def answer_errors(app: FastAPI) -> None:
@@ -85,13 +101,20 @@ def _describe(error: BaseException) -> tuple[int, ErrorDetail]:
         if isinstance(cause, kind):
             field: str | None = getattr(cause, "field", None)
             param = HTTP_NAMES.get(field, field) if field else None
-            return status, ErrorDetail(message=str(cause), type=error_type, param=param)
-    return 500, ErrorDetail(message=f"{type(cause).__name__}: {cause}", type="server_error")
+            return status, ErrorDetail(message=_readable(str(cause)), type=error_type, param=param and _readable(param))
+    return 500, ErrorDetail(message=_readable(f"{type(cause).__name__}: {cause}"), type="server_error")
+
+
+def _readable(text: str) -> str:
+    """A message that can be sent: not longer than it need be, and half a surrogate pair in it as its code."""
+    short = text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:MAX_MESSAGE_CHARS]}..."
+    return short.encode(errors="backslashreplace").decode()
 
 
 async def _answer_failure(_: Request, error: Exception) -> JSONResponse:
     status, detail = _describe(error)
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
+    retry_after_s: float = getattr(getattr(error, "cause", None) or error, "retry_after_s", None) or RETRY_AFTER_S
+    headers = {"Retry-After": str(math.ceil(retry_after_s))} if status in (429, 503) else None
     return JSONResponse({"error": detail.model_dump()}, status, headers)
 
 

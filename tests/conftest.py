@@ -6,6 +6,16 @@ from pathlib import Path
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=200, help="how many hostile requests; `make fuzz` sends 10,000")
+
+
+@pytest.fixture(scope="session")
+def num_hostile(request: pytest.FixtureRequest) -> int:
+    """How many hostile requests a fuzz test sends."""
+    return int(request.config.getoption("--fuzz"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_in_shared_memory() -> Iterator[None]:
     """A run leaves no segment behind."""

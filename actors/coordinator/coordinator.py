@@ -1,14 +1,17 @@
 """The coordinator's actor: takes requests, leases models for them, and lets lanes write the answers."""
 
 import asyncio
+import os
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
+from actors.coordinator.admission import UNNAMED, Admission, Caller
 from actors.coordinator.lane import Lane
+from actors.coordinator.refusals import log_refusals_briefly
 from actors.coordinator.replicas import Place, Replicas
 from actors.coordinator.request import Generation, parse_request
 from actors.coordinator.sequence import LiveSequence, Piece, Voice
@@ -17,8 +20,9 @@ from actors.guidance.drawing import warm_up
 from actors.leases import BaseDescription, Lease, LeaseRequest
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
 from cluster.delivery import Destination, Outlets, Receipt
-from cluster.errors import DeadlineExceeded, InvalidConfiguration, InvalidRequest, Overloaded, TrimtabError
+from cluster.errors import DeadlineExceeded, InvalidConfiguration, InvalidRequest, TrimtabError
 from cluster.exchange import StepStream
+from cluster.tls import Tls
 
 T = TypeVar("T")
 
@@ -32,14 +36,16 @@ class Coordinator:
     """
 
     def __init__(self, settings: CoordinatorSettings) -> None:
+        log_refusals_briefly()
         warm_up()
         self._id = uuid.uuid4().hex
         self._limits = settings.limits
         self._guidance = GuidanceSettings()
-        self._replicas = Replicas(self._id, settings.exchange.transport)
-        self._outlets = Outlets()
+        tls = Tls.of_environment(os.environ)
+        self._replicas = Replicas(self._id, settings.exchange.transport, tls)
+        self._outlets = Outlets(tls)
         self._lanes: dict[StepStream, Lane] = {}
-        self._num_open = 0
+        self._admission = Admission(settings.limits.max_open_requests)
         self._bases: dict[str, tuple[BaseDescription, Tokenizer]] = {}
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -60,22 +66,28 @@ class Coordinator:
                 token_ids += piece["token_ids"]
         return {**piece, "text": "".join(text), "token_ids": token_ids}
 
-    async def stream(self, **fields: Any) -> AsyncGenerator[Piece, None]:
+    async def stream(self, *, caller: Caller = UNNAMED, **fields: Any) -> AsyncGenerator[Piece, None]:
         """Yield an answer as it is written.
+
+        Args:
+            caller: whom it is for, from a gateway that knows the key.
+            fields: those of `GenerationRequest`.
 
         Raises:
             InvalidRequest: a field is unknown or impossible.
-            Overloaded: too many requests are open.
+            Overloaded: too many requests are open, or the caller has used up what it may.
             DeadlineExceeded: the answer was not finished in time.
             ReplicaLost: a model that it needs cannot be had, or was lost.
         """
         request = parse_request(self._guidance, fields)
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
         async with AsyncExitStack() as stack:
-            stack.enter_context(self._admit())
-            sequence = await self._within(deadline, "begun", stack.enter_async_context(self._live(request)))
+            ticket = stack.enter_context(self._admission.open(caller))
+            sequence = await self._within(deadline, "begun", self._begin(stack, caller, request))
+            ticket.charge(len(sequence.voices[0].tokens))
             while True:
                 piece = await self._within(deadline, "finished", sequence.read())
+                ticket.charge(piece["usage"]["total_tokens"])
                 yield piece
                 if piece["finish_reason"] is not None:
                     return
@@ -96,16 +108,10 @@ class Coordinator:
             return Receipt(num_items=num_pieces, error=error)
         return Receipt(num_items=num_pieces)
 
-    @contextmanager
-    def _admit(self) -> Iterator[None]:
-        """Count an open request, of which there may be so many."""
-        if self._num_open >= self._limits.max_open_requests:
-            raise Overloaded(f"{self._num_open} requests are open or waiting, which is the limit; try again later")
-        self._num_open += 1
-        try:
-            yield
-        finally:
-            self._num_open -= 1
+    async def _begin(self, stack: AsyncExitStack, caller: Caller, request: Generation) -> LiveSequence:
+        """Take the models that a request needs when it is its caller's turn."""
+        async with self._admission.turn(caller, request.weights):
+            return await stack.enter_async_context(self._live(request))
 
     async def _within(self, deadline: float, done: str, answer: Awaitable[T]) -> T:
         # Never around a `yield`: the time that a caller takes to come back is not ours to cancel.

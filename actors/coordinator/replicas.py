@@ -17,6 +17,7 @@ from actors.leases import Lease, LeaseRequest, Refusal
 from actors.settings import NO_GUIDANCE
 from cluster.errors import InvalidRequest, ReplicaLost
 from cluster.exchange import StepStream, Transport
+from cluster.tls import Tls
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -43,9 +44,10 @@ class Place:
 class Replicas:
     """Takes leases for one coordinator and keeps one stream open to each replica on which it has any."""
 
-    def __init__(self, coordinator: str, transport: Transport) -> None:
+    def __init__(self, coordinator: str, transport: Transport, tls: Tls | None = None) -> None:
         self._coordinator = coordinator
         self._transport: Transport = transport
+        self._tls = tls
         self._streams: dict[str, StepStream] = {}
         self._fingerprints: dict[str, str] = {}
         self._outputs = OutputFunctions()
@@ -91,6 +93,7 @@ class Replicas:
                     coordinator=self._coordinator,
                     transport=self._transport,
                     timeout_s=CONNECT_TIMEOUT_S,
+                    tls=self._tls,
                 )
                 logger.info("steps to %s travel by %s", lease.replica, stream.transport)
                 self._streams[lease.address] = stream

@@ -144,7 +144,8 @@ def _choose_weights(guidance: GuidanceSettings, request: GenerationRequest) -> d
 
 def invalid_request(complaint: Mapping[str, Any]) -> InvalidRequest:
     """Return one of pydantic's complaints as an error that names the field and its value."""
-    field = ".".join(str(part) for part in complaint["loc"]) or None
+    # A key may be the empty text.
+    field = ".".join(str(part) for part in complaint["loc"]) or ('""' if complaint["loc"] else None)
     if complaint["type"] == "extra_forbidden":
         return InvalidRequest(f"{field} is not supported; leave it out", field)
     if complaint["type"] == "missing":

@@ -125,7 +125,9 @@ def build(settings: RunSettings) -> tuple[Any, Objective]:
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" and is_frozen else torch.float32
     # On processors torch's fused attention is slow backwards, and slow in bfloat16.
     attention = "eager" if settings.device == "cpu" else "sdpa"
-    whole: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, attn_implementation=attention).eval()
+    whole: Any = AutoModelForCausalLM.from_pretrained(
+        settings.model, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+    ).eval()
     model = whole if settings.layers is None else cut_layers(whole, settings.layers)
     objective = _objective(settings, whole)
     if settings.lora_rank:
@@ -201,7 +203,7 @@ def _save(trained: Any, settings: RunSettings, output: Path) -> None:
     partial = output / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)
     trained.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(settings.model).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False).save_pretrained(partial)
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
         path.replace(output / path.name)
     partial.rmdir()
@@ -209,7 +211,7 @@ def _save(trained: Any, settings: RunSettings, output: Path) -> None:
 
 def assemble(model: str, layers: Sequence[int] | None, adapter: Path) -> Any:
     """Return a model, or a cut of it, with an adapter merged into its weights: float32, whatever it was trained in."""
-    whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
     return merge_adapter(whole if layers is None else cut_layers(whole, layers), adapter)
 
 

@@ -16,7 +16,8 @@ learns by its own way, the answer to its request, how many there were (`Receipt`
 and fails if they cannot come any more. A connection that breaks fails the feeds that it brought items for, at once, and
 what is put into it afterwards; the next `reach` opens another. All items of a feed come over one connection.
 
-**Who may write.** An inbox has a random token; a connection that does not show it is ended.
+**Who may write.** An inbox has a random token; a connection that does not show it is ended. With `Tls` both ends show
+certificates before a byte of the above is said.
 """
 
 from cluster.delivery.inbox import Feed, Inbox

@@ -22,6 +22,7 @@ from cluster.delivery.messages import (
     watch_over,
 )
 from cluster.errors import InvalidConfiguration, ReplicaLost
+from cluster.tls import Tls
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +96,15 @@ class Feed:
 class Inbox:
     """Where writers bring items for any number of feeds. Lives on one event loop."""
 
-    def __init__(self, host: str, *, handshake_s: float = 10.0) -> None:
+    def __init__(self, host: str, *, handshake_s: float = 10.0, tls: Tls | None = None) -> None:
         """Describe the inbox; `start` makes it.
 
         host: name or address to listen on, that of the node. handshake_s: time that a writer has for its Hello.
+        tls: what the inbox shows, and asks of writers.
         """
         self._host = host
         self._handshake_s = handshake_s
+        self._tls = tls
         self._token = secrets.token_urlsafe(32)
         self._keys = itertools.count(1)
         self._feeds: dict[int, Feed] = {}
@@ -112,10 +115,14 @@ class Inbox:
         """Listen on a free port.
 
         Raises:
-            InvalidConfiguration: the host is not an address of this machine.
+            InvalidConfiguration: the host is not an address of this machine, or a file of `tls` cannot be used.
         """
+        context = None if self._tls is None else self._tls.server_context()
+        handshake_s = None if context is None else self._handshake_s
         try:
-            self._server = await asyncio.start_server(self._serve, self._host, 0)
+            self._server = await asyncio.start_server(
+                self._serve, self._host, 0, ssl=context, ssl_handshake_timeout=handshake_s
+            )
         except OSError as error:
             raise InvalidConfiguration(f"cannot listen on {self._host}: {error}") from error
 

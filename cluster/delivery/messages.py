@@ -72,7 +72,7 @@ async def receive(reader: asyncio.StreamReader, max_bytes: int) -> Any:
         raise Ended(f"the connection broke: {error}") from error
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Malformed(f"a message that is not JSON: {error}") from error
 
 

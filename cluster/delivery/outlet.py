@@ -16,6 +16,7 @@ from cluster.delivery.messages import (
     watch_over,
 )
 from cluster.errors import ReplicaLost
+from cluster.tls import Tls
 
 CONNECT_TIMEOUT_S = 10.0
 BATCH_CHARS = 2**20
@@ -41,17 +42,21 @@ class Outlet:
         self._watching = asyncio.create_task(self._watch())
 
     @classmethod
-    async def connect(cls, destination: Destination, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Self:
-        """Open a connection to a destination's inbox.
+    async def connect(
+        cls, destination: Destination, *, timeout_s: float = CONNECT_TIMEOUT_S, tls: Tls | None = None
+    ) -> Self:
+        """Open a connection to a destination's inbox; `tls` is what the writer shows, and asks of the inbox.
 
         Raises:
+            InvalidConfiguration: a file of `tls` cannot be used.
             ReplicaLost: there is no inbox, it does not answer in time, or it refuses the connection.
         """
         address = f"{destination.host} port {destination.port}"
         writer: asyncio.StreamWriter | None = None
+        context = None if tls is None else tls.client_context()
         try:
             async with asyncio.timeout(timeout_s):
-                reader, writer = await asyncio.open_connection(destination.host, destination.port)
+                reader, writer = await asyncio.open_connection(destination.host, destination.port, ssl=context)
                 watch_over(writer)
                 writer.write(frame(json.dumps({"version": VERSION, "token": destination.token})))
                 answer = await receive(reader, MAX_HELLO_BYTES)
@@ -124,7 +129,8 @@ class Outlet:
 class Outlets:
     """All of a writer's connections."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Tls | None = None) -> None:
+        self._tls = tls
         self._connections: dict[tuple[str, int, str], asyncio.Task[Outlet]] = {}
 
     async def reach(self, destination: Destination) -> Outlet:
@@ -142,7 +148,7 @@ class Outlets:
 
     async def _connect(self, inbox: tuple[str, int, str], destination: Destination) -> Outlet:
         try:
-            outlet = await Outlet.connect(destination)
+            outlet = await Outlet.connect(destination, tls=self._tls)
         except BaseException:
             del self._connections[inbox]
             raise

@@ -21,6 +21,9 @@ all but the last half megabyte of them go ahead as Parts.
 
 **Order.** A stream's steps are handed to the handler in the order in which they were sent; results come in any order.
 
+**Who may.** A replica has a random token; a stream that does not show it is refused. With `Tls` both ends show
+certificates before a byte of the above is said.
+
 **Life.** What a replica holds for a coordinator belongs to the stream. However the stream ends, the handler's `detach`
 is called once, after the last of the stream's calls to `step` has ended. A newer stream of the same coordinator
 replaces the older one, which is detached first. Both ends ping each other, so a peer that is dead or frozen is found

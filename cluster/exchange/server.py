@@ -16,6 +16,7 @@ from cluster.exchange.channel import server_options
 from cluster.exchange.messages import METHOD, SERVICE, VERSION, Malformed, StepHandler
 from cluster.exchange.rows import DTYPE_NAMES, RowFormat, Traffic
 from cluster.exchange.segment import SHARED_MEMORY, sweep
+from cluster.tls import Tls
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class StepServer:
         keepalive_s: float = 5.0,
         handshake_s: float = 10.0,
         shared_memory_directory: Path = SHARED_MEMORY,
+        tls: Tls | None = None,
     ) -> None:
         """Describe the server; `start` makes it.
 
@@ -44,6 +46,7 @@ class StepServer:
         host: name or address to listen on, that of the node. num_slots: slots per coordinator, each of
         `max_rows * row_width * dtype.itemsize` bytes of shared memory. keepalive_s: time within which a dead
         coordinator is found. handshake_s: time that a coordinator has for its Hello and for its MemoryProof.
+        tls: what the server shows, and asks of coordinators.
 
         Raises InvalidConfiguration: rows of that dtype are not carried, or a size is not positive.
         """
@@ -60,6 +63,7 @@ class StepServer:
         self._terms = Terms(RowFormat(dtype, row_width), max_rows, num_slots, shared_memory_directory, handshake_s)
         self._host = host
         self._keepalive_s = keepalive_s
+        self._tls = tls
         self._attachments: dict[str, Attachment] = {}
         self._detaching: set[asyncio.Task[None]] = set()
         self._attaching = asyncio.Condition()
@@ -76,8 +80,9 @@ class StepServer:
     async def start(self) -> None:
         """Listen on a free port, after removing segments that dead replicas left.
 
-        Raises InvalidConfiguration: the host is not an address of this machine.
+        Raises InvalidConfiguration: the host is not an address of this machine, or a file of `tls` cannot be read.
         """
+        credentials = None if self._tls is None else self._tls.server_credentials()
         for path in sweep(self._terms.directory):
             logger.info("removed %s, which a dead replica left", path)
         # Messages stay bytes here, so that one which cannot be parsed ends its stream with a status that says so.
@@ -85,7 +90,10 @@ class StepServer:
         server = grpc.aio.server(options=server_options(self._keepalive_s))
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
         try:
-            self._port = server.add_insecure_port(self.address)
+            if credentials is None:
+                self._port = server.add_insecure_port(self.address)
+            else:
+                self._port = server.add_secure_port(self.address, credentials)
         except RuntimeError as error:
             await server.stop(None)
             raise InvalidConfiguration(f"cannot listen on {self._host}: {error}") from error

@@ -25,6 +25,7 @@ from cluster.exchange.messages import (
 )
 from cluster.exchange.rows import RowFormat, Traffic
 from cluster.exchange.segment import SHARED_MEMORY, Slots
+from cluster.tls import Tls
 
 Transport = Literal["auto", "shared_memory", "grpc"]
 
@@ -60,20 +61,25 @@ class StepStream:
         timeout_s: float,
         keepalive_s: float = 5.0,
         shared_memory_directory: Path = SHARED_MEMORY,
+        tls: Tls | None = None,
     ) -> Self:
         """Open a stream to the replica at `address`, whose `token` came with it.
 
         coordinator: names the stream's owner; an older stream of the same name is ended. transport: `auto` takes shared
         memory where both ends see the same, `grpc` never, `shared_memory` refuses anything else.
-        keepalive_s: time within which a dead replica is found.
+        keepalive_s: time within which a dead replica is found. tls: what the coordinator shows, and asks of replicas.
 
         Raises ReplicaLost: no replica there, no answer within `timeout_s`, or it refuses the stream.
-        InvalidConfiguration: shared memory was demanded and cannot be had.
+        InvalidConfiguration: shared memory was demanded and cannot be had, or a file of `tls` cannot be read.
         """
         hello = step_pb2.Hello(
             version=VERSION, coordinator=coordinator, token=token, offers_shared_memory=transport != "grpc"
         )
-        channel = grpc.aio.insecure_channel(address, options=channel_options(keepalive_s))
+        options = channel_options(keepalive_s)
+        if tls is None:
+            channel = grpc.aio.insecure_channel(address, options=options)
+        else:
+            channel = grpc.aio.secure_channel(address, tls.channel_credentials(), options=options)
         try:
             call: Any = channel.stream_stream(f"/{SERVICE}/{METHOD}")()
             async with asyncio.timeout(timeout_s):

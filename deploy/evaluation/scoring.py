@@ -95,8 +95,10 @@ class Scorer:
 
     def _log_probs(self, answers: Sequence[Answer]) -> list[float]:
         if self._base is None:
-            model = AutoModelForCausalLM.from_pretrained(self._plan.base_path, dtype=torch.float32).eval()
-            self._base = model, AutoTokenizer.from_pretrained(self._plan.base_path)
+            model = AutoModelForCausalLM.from_pretrained(
+                self._plan.base_path, dtype=torch.float32, trust_remote_code=False
+            ).eval()
+            self._base = model, AutoTokenizer.from_pretrained(self._plan.base_path, trust_remote_code=False)
         prompts = [_as_model_prompt(prompt) for prompt in self._prompts]
         texts = [(prompts[line % len(prompts)], answer.token_ids) for line, answer in enumerate(answers)]
         return log_probs(texts, *self._base)

@@ -36,7 +36,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             stderr=log,
             env={**os.environ, "RAY_SERVE_PROXY_USE_GRPC": "1"},
             start_new_session=True,
-            preexec_fn=_hear_ctrl_c,
+            preexec_fn=hear_ctrl_c,
         )
     family: list[psutil.Process] = []
     try:
@@ -56,7 +56,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.wait(60)
 
 
-def _hear_ctrl_c() -> None:
+def hear_ctrl_c() -> None:
     # A shell starts what it runs in the background, this test perhaps, with Ctrl-C ignored.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

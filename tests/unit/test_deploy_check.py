@@ -13,6 +13,7 @@ import yaml
 
 from actors.settings import CHECKOUT
 from cluster.errors import InvalidConfiguration
+from deploy import keys
 from deploy.check import check
 from tests import tiny
 
@@ -148,6 +149,22 @@ def test_hidden_states_of_a_family_that_is_not_tested_are_refused(config: Config
 def test_a_top_level_key_that_is_misspelt_is_named(config: Config) -> None:
     with pytest.raises(InvalidConfiguration, match=r"^http_option: there is no such key"):
         check({**config, "http_option": {}})
+
+
+@pytest.mark.parametrize("http_options", [{"port": 8000}, {"host": "0.0.0.0"}, {"host": "::"}])
+def test_a_public_address_needs_keys(config: Config, http_options: Config, tmp_path: Path) -> None:
+    config = copy.deepcopy(config)
+    config["http_options"] = http_options
+    with pytest.raises(InvalidConfiguration, match=r"http_options.host: (0.0.0.0|::) can be reached by others, and"):
+        check(config)
+    args = applications(config)["trimtab"]["args"]
+    args["security"] = {"allow_public_without_keys": True}
+    check(config)
+    args["security"] = {"keys_file": str(tmp_path / "keys.yaml")}
+    with pytest.raises(InvalidConfiguration, match=r"keys.yaml cannot be read: No such file"):
+        check(config)
+    keys.add(tmp_path / "keys.yaml", "alice")
+    check(config)
 
 
 def test_the_command_exits_with_the_mistake(config: Config, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Imports point one way: deploy -> actors -> cluster, and the mathematics and the engine know nothing of Ray."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ FORBIDDEN = {
     "actors/guidance": {"deploy", "ray", "grpc", "transformers"},
     "actors/engine": {"deploy", "ray", "grpc"},
 }
+LOADS = re.compile(r"Auto\w+\.from_pretrained")
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -34,3 +36,13 @@ def test_a_folder_imports_only_what_is_below_it(folder: str) -> None:
         if name.split(".")[0] in FORBIDDEN[folder]
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("folder", ["actors", "deploy"])
+def test_no_model_brings_code_of_its_own(folder: str) -> None:
+    # Left open, transformers asks on a terminal, and a yes would run it.
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and LOADS.fullmatch(ast.unparse(node.func)):
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert keywords.get("trust_remote_code") == "False", f"{file}:{node.lineno}"
