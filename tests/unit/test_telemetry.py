@@ -5,8 +5,8 @@ import re
 from typing import Any
 
 import pytest
+from ray.serve import metrics
 
-from actors import telemetry
 from actors.settings import CHECKOUT
 from actors.telemetry import METRICS, Telemetry
 
@@ -43,7 +43,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
         return recorders[name]
 
     for kind in ("Counter", "Gauge", "Histogram"):
-        monkeypatch.setattr(telemetry.metrics, kind, make)
+        monkeypatch.setattr(metrics, kind, make)
     return recorders
 
 
