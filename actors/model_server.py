@@ -21,6 +21,7 @@ from actors.engine import Engine, RowKind, Schedule, Task, gather_rows
 from actors.guidance.output import OutputFunction
 from actors.leases import BaseDescription, Lease, LeaseRequest, Refusal
 from actors.prompts import PromptEncoder
+from actors.ranks import Ranks, load_engine
 from actors.settings import BaseModelSettings
 from actors.telemetry import Telemetry
 from actors.turns import Turns
@@ -70,6 +71,7 @@ class ModelServer:
         thread: ThreadPoolExecutor | None = None,
         turns: Turns | None = None,
         tls: Tls | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Serve an engine.
 
@@ -85,6 +87,7 @@ class ModelServer:
                 then took up to 1.6 times as long.
             turns: taken for every forward pass, where other models compute on the same cores.
             tls: of the data plane.
+            ranks: the other ranks of a sharded model, which are ended with this one.
         """
         self.engine = engine
         self.schedule = Schedule(engine, max_prompt_tokens=max_prompt_tokens_per_step)
@@ -103,6 +106,7 @@ class ModelServer:
         self._loop: asyncio.Task[None] | None = None
         self._thread = thread or engine_thread()
         self._turns = turns
+        self._ranks = ranks
         self._leases: set[str] = set()
         self._arrived: list[_Message] = []
         self._messages: dict[Task, _Message] = {}
@@ -121,19 +125,14 @@ class ModelServer:
 
         Raises:
             InvalidConfiguration: the engine cannot run it with these settings, or not with such rows.
+            ReplicaLost: one of its ranks did not come.
         """
         thread = engine_thread()
-        engine = thread.submit(
-            Engine.load,
-            settings.model,
-            dtype=settings.torch_dtype,
-            max_sequences=settings.max_sequences,
-            max_context=settings.max_context,
-            cache_tokens=settings.cache_tokens,
-            threads=settings.threads or len(os.sched_getaffinity(0)),
-            device=settings.device,
-            rows=rows,
-        ).result()
+        ranks = None
+        if settings.tensor_parallel > 1:
+            engine, ranks = Ranks.load(settings, rows, thread)
+        else:
+            engine = thread.submit(load_engine, settings, rows).result()
         replica = serve.get_replica_context().replica_id.to_full_id_str()
         encoder = PromptEncoder(tokenizer, settings.prompt_template)
         server = cls(
@@ -146,6 +145,7 @@ class ModelServer:
             thread=thread,
             turns=Turns() if settings.takes_turns else None,
             tls=Tls.of_environment(os.environ),
+            ranks=ranks,
         )
         server.base_vocabulary = base_vocabulary
         if engine.output is not None:
@@ -166,6 +166,8 @@ class ModelServer:
             if self._loop is not None:
                 self._loop.cancel()
                 await self._server.stop()
+            if self._ranks is not None:
+                self._ranks.stop()
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def check_health(self) -> None:
@@ -259,6 +261,8 @@ class ModelServer:
                         message.answer.set_result(rows)
             except Exception as error:
                 logger.exception("a step failed")
+                if self._ranks is not None:
+                    self._ranks.fail(error)
                 for message in await loop.run_in_executor(self._thread, self._give_up, arrived):
                     if not message.answer.done():
                         message.answer.set_exception(TrimtabError(f"the model's step failed: {error!r}"))

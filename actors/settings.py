@@ -31,7 +31,7 @@ class Settings(BaseModel):
 
 
 class Resources(Settings):
-    """What Ray sets aside for one replica."""
+    """What Ray sets aside for one replica, or for one rank of it."""
 
     cpus: float = Field(default=1, ge=0)
     gpus: float = Field(default=0, ge=0)
@@ -68,12 +68,29 @@ class BaseModelSettings(Settings):
     """CPU threads for the model's operations. If absent, one for each core, and models on one node take turns on its
     cores; with a number, they compute at the same time."""
 
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Ranks that share a replica: processes that each hold a slice of the model. It must divide the model's attention
+    heads and its key-value heads."""
+
     resources: Resources = Resources()
+    """Of each rank: a replica with `tensor_parallel: n` takes n times as much."""
 
     @field_validator("model")
     @classmethod
     def _locate(cls, model: str) -> str:
         return locate_model(model)
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> "BaseModelSettings":
+        if self.tensor_parallel > 1:
+            if self.resources.gpus not in (0, 1):
+                raise ValueError(
+                    f"resources.gpus: {self.resources.gpus:g}, but each of the {self.tensor_parallel} ranks takes one "
+                    "GPU: set it to 1, or to 0 for processors"
+                )
+            if not any([self.resources.cpus, self.resources.gpus, *self.resources.custom.values()]):
+                raise ValueError("resources: Ray cannot place ranks that take nothing; set cpus to 0.1 or more")
+        return self
 
     @property
     def torch_dtype(self) -> torch.dtype:

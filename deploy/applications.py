@@ -41,16 +41,27 @@ def trimtab(args: CoordinatorSettings) -> Application:
 def model_options(args: BaseModelSettings) -> dict[str, Any]:
     """How Serve runs a deployment that holds a model."""
     resources = args.resources
-    return {
+    environment = dict(THREADS)
+    if args.tensor_parallel > 1 and not resources.gpus:
+        # transformers would put slices on a GPU that it sees, and Ray hides none from those that take none.
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    options: dict[str, Any] = {
         # A lease lasts as long as its sequence: Serve lets in as many as the engine has room for.
         "max_ongoing_requests": args.max_sequences,
         "ray_actor_options": {
             "num_cpus": resources.cpus,
             "num_gpus": resources.gpus,
             "resources": resources.custom,
-            "runtime_env": {"env_vars": THREADS},
+            "runtime_env": {"env_vars": environment},
         },
         # A lease ends by being cancelled, so its line in the access log would look like a failure.
         "logging_config": {"enable_access_log": False},
         **HEALTH_CHECK,
     }
+    if args.tensor_parallel > 1:
+        rank = {"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom}
+        bundle = {name: amount for name, amount in rank.items() if amount}
+        # On one node if there is room: ranks exchange something in every layer.
+        options["placement_group_bundles"] = [bundle] * args.tensor_parallel
+        options["placement_group_strategy"] = "PACK"
+    return options

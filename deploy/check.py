@@ -17,6 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 from transformers import AutoConfig
 
 from actors.engine.output import check_family
+from actors.engine.sharding import check_shardable
 from actors.guidance import check_vocabulary
 from actors.settings import BaseModelSettings, CoordinatorSettings, GuidanceSettings, GuideSettings
 from actors.vocabularies import load_tokenizer, read_vocabulary
@@ -164,6 +165,8 @@ def _check_models(settings: Mapping[str, BaseModel]) -> None:
                 raise InvalidConfiguration(
                     f"{name}: max_context is {model.max_context}, but {model.model} can take {longest} tokens"
                 )
+            if model.tensor_parallel > 1:
+                check_shardable(model_config, f"{model.model} ({name})", model.tensor_parallel)
         if isinstance(model, GuideSettings):
             if model.base != base.model:
                 raise InvalidConfiguration(f"{name}: base is {model.base}, but {BASE} serves {base.model}")

@@ -5,7 +5,7 @@ Called from one thread; knows nothing of other threads, Ray or asyncio.
 Shapes: R asked rows, V vocabulary, D hidden width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +66,10 @@ class Engine:
 
     counters: Counters
 
+    on_call: Callable[..., None] | None = None
+    """Told of every call that changes sequences, its name and arguments, before it is carried out, so that the other
+    ranks of a sharded model do the same."""
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -121,6 +125,7 @@ class Engine:
         threads: int | None = None,
         device: str | torch.device = "cpu",
         rows: RowKind = "logits",
+        num_ranks: int = 1,
     ) -> "Engine":
         """Load a model and make an engine of it.
 
@@ -133,6 +138,8 @@ class Engine:
             threads: processor threads of this whole process; none leaves them as they are.
             device: where the model computes.
             rows: what a row is: next-token logits, or the last hidden states that `output` turns into these.
+            num_ranks: the size of the group that this process has joined (`sharding.join_group`), all of which load
+                the model now, and do the same with it from then on: see `calls`.
 
         Raises:
             InvalidConfiguration: the model cannot be loaded, or the engine cannot run it with these limits and rows.
@@ -141,7 +148,7 @@ class Engine:
             if threads < 1:
                 raise InvalidConfiguration(f"threads: {threads} is less than 1; leave it out to use all cores")
             torch.set_num_threads(threads)
-        loaded = load_model(model, dtype=dtype, device=device)
+        loaded = load_model(model, dtype=dtype, device=device, num_ranks=num_ranks)
         return cls(loaded, max_sequences=max_sequences, max_context=max_context, cache_tokens=cache_tokens, rows=rows)
 
     @property
@@ -155,6 +162,7 @@ class Engine:
         Raises:
             EngineError: it is open already, or too many are.
         """
+        self._tell("open", sequence)
         if sequence in self._tables:
             raise EngineError(f"sequence {sequence!r} is open already; close it first")
         if len(self._tables) >= self.max_sequences:
@@ -173,6 +181,7 @@ class Engine:
         Raises:
             EngineError: it is not open, or the tokens do not fit the model or its context.
         """
+        self._tell("reuse", sequence, tokens)
         table = self._table(sequence)
         self._check_tokens(sequence, tokens, table.length)
         num_tokens, copies = self._pool.reuse(table, tokens)
@@ -189,6 +198,10 @@ class Engine:
         Raises:
             EngineError: it is not open.
         """
+        self._tell("reserve", sequence, num_tokens)
+        return self._reserve(sequence, num_tokens)
+
+    def _reserve(self, sequence: str, num_tokens: int) -> bool:
         copies = self._pool.reserve(self._table(sequence), num_tokens)
         if copies is None:
             return False
@@ -206,6 +219,7 @@ class Engine:
         Raises:
             EngineError: an item cannot be done; no sequence has changed then, nor after any other error.
         """
+        self._tell("step", work)
         seen = set()
         for item in work:
             if item.sequence in seen:
@@ -256,6 +270,7 @@ class Engine:
         Raises:
             EngineError: it is not open, or holds fewer tokens.
         """
+        self._tell("truncate", sequence, length)
         table = self._table(sequence)
         if not 0 <= length <= table.length:
             raise EngineError(
@@ -270,14 +285,20 @@ class Engine:
         Raises:
             EngineError: it is not open.
         """
+        self._tell("close", sequence)
         self._pool.truncate(self._table(sequence), 0)
         del self._tables[sequence]
 
+    def _tell(self, call: str, *arguments: object) -> None:
+        if self.on_call is not None:
+            self.on_call(call, *arguments)
+
     def _reserve_all(self, work: Sequence[Work]) -> None:
         for item in work:
-            if not self.reserve(item.sequence, len(item.tokens)):
+            if not self._reserve(item.sequence, len(item.tokens)):
                 for reserved in work:
-                    self.truncate(reserved.sequence, self.length(reserved.sequence))
+                    table = self._table(reserved.sequence)
+                    self._pool.truncate(table, table.length)
                 raise EngineError(
                     f"sequence {item.sequence!r} finds no room for {len(item.tokens)} tokens: the cache is full; "
                     "roll others back, or raise cache_tokens"

@@ -17,6 +17,7 @@ from actors.engine.compiled.decoder import CompiledPass, fits
 from actors.engine.inspection import Layer
 from actors.engine.plan import PlacedWork, StepPlan
 from actors.engine.processor import prepare_for_processor
+from actors.engine.sharding import unwrap_slices
 
 
 class ForwardPass(Protocol):
@@ -67,6 +68,7 @@ class TransformersPass:
         self, model: PreTrainedModel, layers: Mapping[nn.Module, Layer], *, num_blocks: int, gives_hidden_states: bool
     ) -> None:
         prepare_for_processor(model)
+        unwrap_slices(model)
         self._model = model
         self._gives_hidden_states = gives_hidden_states
         self._caches = {module: LayerCache.allocate(layer, num_blocks * BLOCK_SIZE) for module, layer in layers.items()}

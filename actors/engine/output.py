@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.engine.inspection import model_name
+from actors.engine.sharding import whole
 from actors.engine.verification import own_attention
 from actors.guidance.output import OutputFunction
 from cluster.errors import InvalidConfiguration
@@ -66,8 +67,8 @@ def output_function(model: PreTrainedModel) -> OutputFunction:
     check_family(config, model_name(model))
     bias = getattr(head, "bias", None)
     function = OutputFunction(
-        weight_VD=head.weight.detach().cpu(),
-        bias_V=None if bias is None else bias.detach().cpu(),
+        weight_VD=whole(head.weight).detach().cpu(),
+        bias_V=None if bias is None else whole(bias).detach().cpu(),
         divisor=getattr(config, "logits_scaling", None),
         softcap=getattr(config, "final_logit_softcapping", None),
     )

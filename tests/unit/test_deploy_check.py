@@ -80,7 +80,12 @@ def at(path: str) -> Callable[[Config, Any], None]:
         ("trimtab-base.args.max_sequences", 0, r"args.max_sequences: .*greater than or equal to 1, not 0"),
         ("trimtab-base.args.resources.gpu", 1, r"args.resources.gpu: there is no such key"),
         ("trimtab-base.args.max_context", 4096, r"trimtab-base: max_context is 4096, but .* can take 128 tokens"),
-        ("trimtab-base.args.tensor_parallel", 2, r"args.tensor_parallel: there is no such key"),
+        ("trimtab-base.args.tensor_parallel", 0, r"args.tensor_parallel: .*greater than or equal to 1, not 0"),
+        (
+            "trimtab-base.args.tensor_parallel",
+            3,
+            r"/base \(trimtab-base\): tensor_parallel is 3, which does not divide",
+        ),
         ("trimtab-base.args.model", "models/nothing", r"no model at /.*/models/nothing .*run `make models`"),
         ("trimtab-base.args.model", "/nowhere/at/all", r"args.model: no model at /nowhere/at/all .*check the path"),
         ("trimtab-base.import_path", "deploy.applications:basis", r"import_path: 'deploy.applications:basis' is none"),
@@ -143,6 +148,31 @@ def test_hidden_states_of_a_family_that_is_not_tested_are_refused(config: Config
     settings.write_text(settings.read_text().replace('"model_type": "llama"', '"model_type": "cohere"'))
     args["model"] = str(tmp_path / "other")
     with pytest.raises(InvalidConfiguration, match=r"\(trimtab-guide-positivity\): hidden .*'cohere'.*`rows: logits`"):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    ("resources", "says"),
+    [
+        ({"gpus": 0.5}, r"args: resources.gpus: 0.5, but each of the 2 ranks takes one GPU"),
+        ({"cpus": 0}, r"args: resources: Ray cannot place ranks that take nothing"),
+    ],
+)
+def test_ranks_need_resources_of_their_own(config: Config, resources: Config, says: str) -> None:
+    args = applications(config)["trimtab-base"]["args"]
+    args |= {"tensor_parallel": 2}
+    check(config)
+    args["resources"] = resources
+    with pytest.raises(InvalidConfiguration, match=says):
+        check(config)
+
+
+def test_a_model_that_cannot_be_sharded_is_refused(config: Config, tmp_path: Path) -> None:
+    args = applications(config)["trimtab-guide-positivity"]["args"]
+    args |= {"model": tiny.save(tiny.gpt2(80), tmp_path / "gpt2"), "tensor_parallel": 2}
+    with pytest.raises(
+        InvalidConfiguration, match=r"/gpt2 \(trimtab-guide-positivity\): .* no sharding plan for the family 'gpt2'"
+    ):
         check(config)
 
 

@@ -13,7 +13,8 @@ from actors.engine import Engine
 from actors.leases import BaseDescription, Lease, LeaseRequest, Refusal
 from actors.model_server import ModelServer
 from actors.prompts import Prompt, PromptEncoder
-from cluster.errors import ReplicaLost
+from actors.ranks import Ranks
+from cluster.errors import ReplicaLost, TrimtabError
 from cluster.exchange import StepStream, Work
 from tests import tiny
 
@@ -172,6 +173,36 @@ async def test_a_lease_whose_stream_never_comes_ends(server: ModelServer, monkey
     monkeypatch.setattr(model_server, "ATTACH_TIMEOUT_S", 0.1)
     items = [item async for item in server.lease(request("nobody", "s"))]
     assert len(items) == 1
+
+
+async def test_a_step_that_fails_on_one_rank_ends_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OtherRanks(Ranks):
+        def __init__(self) -> None:
+            self.heard: list[str] = []
+
+        def fail(self, error: Exception) -> None:
+            self.heard.append(str(error))
+
+        def stop(self) -> None:
+            self.heard.append("stop")
+
+    ranks = OtherRanks()
+    engine = Engine(tiny.llama(80), max_sequences=4, max_context=32)
+    encoder = PromptEncoder(tiny.tokenizer(80))
+    server = ModelServer(engine, encoder, replica="replica", host="127.0.0.1", max_rows=4, ranks=ranks)
+
+    def step(_: object) -> torch.Tensor:
+        raise RuntimeError("no memory here")
+
+    async with leased(server, "c", "s") as lease, attached(lease, "c") as stream:
+        await last_row(stream, "s", [5])
+        assert ranks.heard == []
+        monkeypatch.setattr(engine, "step", step)
+        with pytest.raises(TrimtabError, match="no memory here"):
+            await last_row(stream, "s", [5], 1)
+        assert ranks.heard == ["no memory here"]
+    await server.stop()
+    assert ranks.heard == ["no memory here", "stop"]
 
 
 async def test_a_step_that_hangs_makes_the_replica_unhealthy(
