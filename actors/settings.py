@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from ray.serve.schema import RayActorOptionsSchema
 
 from cluster.errors import InvalidConfiguration
 
@@ -35,8 +36,32 @@ class Resources(Settings):
 
     cpus: float = Field(default=1, ge=0)
     gpus: float = Field(default=0, ge=0)
-    custom: dict[str, float] = {}
+    custom: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Custom Ray resources by name, for placing models on kinds of nodes."""
+
+    accelerator_type: str | None = None
+    """Only nodes whose GPUs Ray calls so: `H100`, `A100-80G`, `L4`, ..."""
+
+    labels: dict[str, str] = {}
+    """Only nodes with these labels of `ray start --labels`, in the words of Ray's label selectors: `{pool: guides}`,
+    `{pool: "!base"}`, `{pool: "in(a, b)"}`."""
+
+    @field_validator("labels")
+    @classmethod
+    def _check_labels(cls, labels: dict[str, str]) -> dict[str, str]:
+        try:
+            RayActorOptionsSchema(label_selector=labels)
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        return labels
+
+    @model_validator(mode="after")
+    def _check_accelerator(self) -> "Resources":
+        if self.accelerator_type is not None and not self.gpus:
+            raise ValueError(
+                f"accelerator_type {self.accelerator_type!r} places GPUs, of which it asks for none; set gpus"
+            )
+        return self
 
 
 class BaseModelSettings(Settings):

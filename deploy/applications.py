@@ -4,10 +4,12 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from actors.base_model import BaseModel
 from actors.coordinator.coordinator import Coordinator
 from actors.guide import Guide
+from actors.router import LeaseRouter
 from actors.settings import BaseModelSettings, CoordinatorSettings, GuideSettings
 from deploy.gateway import Gateway
 
@@ -45,23 +47,34 @@ def model_options(args: BaseModelSettings) -> dict[str, Any]:
     if args.tensor_parallel > 1 and not resources.gpus:
         # transformers would put slices on a GPU that it sees, and Ray hides none from those that take none.
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    actor: dict[str, Any] = {
+        "num_cpus": resources.cpus,
+        "num_gpus": resources.gpus,
+        "resources": resources.custom,
+        "runtime_env": {"env_vars": environment},
+    }
+    if resources.accelerator_type is not None:
+        actor["accelerator_type"] = resources.accelerator_type
     options: dict[str, Any] = {
         # A lease lasts as long as its sequence: Serve lets in as many as the engine has room for.
         "max_ongoing_requests": args.max_sequences,
-        "ray_actor_options": {
-            "num_cpus": resources.cpus,
-            "num_gpus": resources.gpus,
-            "resources": resources.custom,
-            "runtime_env": {"env_vars": environment},
-        },
+        "ray_actor_options": actor,
+        "request_router_config": RequestRouterConfig(request_router_class=LeaseRouter),
         # A lease ends by being cancelled, so its line in the access log would look like a failure.
         "logging_config": {"enable_access_log": False},
         **HEALTH_CHECK,
     }
     if args.tensor_parallel > 1:
         rank = {"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom}
+        if resources.accelerator_type is not None:
+            # What Ray makes of an actor's accelerator_type.
+            rank[f"accelerator_type:{resources.accelerator_type}"] = 0.001
         bundle = {name: amount for name, amount in rank.items() if amount}
         # On one node if there is room: ranks exchange something in every layer.
         options["placement_group_bundles"] = [bundle] * args.tensor_parallel
         options["placement_group_strategy"] = "PACK"
+        if resources.labels:
+            options["placement_group_bundle_label_selector"] = [resources.labels] * args.tensor_parallel
+    elif resources.labels:
+        actor["label_selector"] = resources.labels
     return options

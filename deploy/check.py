@@ -13,7 +13,8 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 from transformers import AutoConfig
 
 from actors.engine.output import check_family
@@ -38,12 +39,32 @@ APPLICATIONS: Mapping[str, tuple[type[BaseModel], set[str]]] = {
 }
 """The settings and the deployments of each application, by import path."""
 
+OVERRIDES: Mapping[str, str] = {
+    "max_ongoing_requests": "`args.max_sequences`",
+    "placement_group_bundles": "`args.resources` and `args.tensor_parallel`",
+    "placement_group_strategy": "`args.resources` and `args.tensor_parallel`",
+    "ray_actor_options": "`args.resources`",
+    "user_config": "`args`",
+}
+"""Options of Serve's that the deployments of models do not take, and what to set instead."""
+
 
 def check(config: object) -> None:
     """Check the whole of a parsed deploy.yaml.
 
     Raises:
         InvalidConfiguration: the first thing that cannot work, with its path in the file and the remedy.
+    """
+    schema, settings = parse(config)
+    _check_security(schema, settings[TRIMTAB])
+    _check_models(settings)
+
+
+def parse(config: object) -> tuple[ServeDeploySchema, Mapping[str, BaseModel]]:
+    """Return a parsed deploy.yaml as Serve reads it and the args of its applications by name, without their models.
+
+    Raises:
+        InvalidConfiguration: the first thing that cannot work, whatever the models and keys are.
     """
     for path in _unknown_keys("", ServeDeploySchema, config):
         raise InvalidConfiguration(f"{path}: there is no such key")
@@ -62,11 +83,22 @@ def check(config: object) -> None:
             where = f"{path}.deployments[{index}]"
             if deployment.name not in names:
                 raise InvalidConfiguration(f"{where}.name: {deployment.name!r} is none of {sorted(names)}")
-            if model is CoordinatorSettings and isinstance(deployment.user_config, dict):
+            scaling = deployment.autoscaling_config
+            if isinstance(scaling, dict):
+                validate(f"{where}.autoscaling_config", AutoscalingConfig, scaling)
+            if model is not CoordinatorSettings:
+                _check_overrides(where, deployment)
+            elif isinstance(deployment.user_config, dict):
                 validate(f"{where}.user_config", GuidanceSettings, deployment.user_config)
     _check_guides(schema, settings)
-    _check_security(schema, settings[TRIMTAB])
-    _check_models(settings)
+    return schema, settings
+
+
+def _check_overrides(path: str, deployment: DeploymentSchema) -> None:
+    """Refuse what would take the place of options that Trimtab makes out of a model's args."""
+    for key in deployment.model_dump(exclude_unset=True):
+        if key in OVERRIDES:
+            raise InvalidConfiguration(f"{path}.{key}: set {OVERRIDES[key]}, of which Trimtab makes it")
 
 
 def _unknown_keys(path: str, model: type[BaseModel], value: object) -> Iterator[str]:

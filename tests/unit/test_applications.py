@@ -1,26 +1,43 @@
-"""What Serve is told about deployments that hold a model."""
+"""What Serve and Ray are told about deployments comes from their settings."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from ray import serve
 
 from actors.base_model import BaseModel
+from actors.router import LeaseRouter
 from actors.settings import BaseModelSettings
 from deploy.applications import model_options
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    (tmp_path / "config.json").write_text("{}")
-    return str(tmp_path)
+def options(*, tensor_parallel: int = 1, **resources: Any) -> dict[str, Any]:
+    settings = {"model": "hub/model", "max_sequences": 7, "resources": resources, "tensor_parallel": tensor_parallel}
+    return model_options(BaseModelSettings.model_validate(settings))
 
 
-def test_a_model_of_one_rank_takes_no_placement_group(model: str) -> None:
-    options = model_options(BaseModelSettings(model=model))
-    assert "placement_group_bundles" not in options
-    assert "CUDA_VISIBLE_DEVICES" not in options["ray_actor_options"]["runtime_env"]["env_vars"]
+def test_replicas_go_where_resources_accelerator_and_labels_say() -> None:
+    placed = options(cpus=2, gpus=1, custom={"base_node": 1}, accelerator_type="H100", labels={"pool": "!guides"})
+    actor = placed["ray_actor_options"]
+    assert (actor["num_cpus"], actor["num_gpus"], actor["resources"]) == (2, 1, {"base_node": 1})
+    assert (actor["accelerator_type"], actor["label_selector"]) == ("H100", {"pool": "!guides"})
+
+
+@pytest.mark.parametrize("key", ["accelerator_type", "label_selector"])
+def test_nothing_is_asked_for_that_was_not_set(key: str) -> None:
+    assert key not in options(cpus=1)["ray_actor_options"]
+
+
+def test_serve_lets_in_what_the_engine_has_room_for_and_routes_leases() -> None:
+    made = options()
+    assert made["max_ongoing_requests"] == 7
+    assert made["request_router_config"].get_request_router_class() is LeaseRouter
+
+
+def test_a_model_of_one_rank_takes_no_placement_group() -> None:
+    made = options(cpus=1)
+    assert "placement_group_bundles" not in made
+    assert "CUDA_VISIBLE_DEVICES" not in made["ray_actor_options"]["runtime_env"]["env_vars"]
 
 
 @pytest.mark.parametrize(
@@ -29,15 +46,22 @@ def test_a_model_of_one_rank_takes_no_placement_group(model: str) -> None:
         ({"cpus": 0.5}, {"CPU": 0.5}),
         ({"cpus": 2, "gpus": 1, "custom": {"big": 1}}, {"CPU": 2, "GPU": 1, "big": 1}),
         ({"cpus": 0, "gpus": 1}, {"GPU": 1}),
+        ({"cpus": 0, "gpus": 1, "accelerator_type": "H100"}, {"GPU": 1, "accelerator_type:H100": 0.001}),
     ],
 )
 def test_each_rank_has_a_bundle_into_which_the_replica_fits(
-    model: str, resources: dict[str, Any], bundle: dict[str, float]
+    resources: dict[str, Any], bundle: dict[str, float]
 ) -> None:
-    settings = BaseModelSettings.model_validate({"model": model, "tensor_parallel": 3, "resources": resources})
-    options = model_options(settings)
-    assert options["placement_group_bundles"] == [bundle] * 3
-    hides_gpus = options["ray_actor_options"]["runtime_env"]["env_vars"].get("CUDA_VISIBLE_DEVICES") == ""
+    made = options(tensor_parallel=3, **resources)
+    assert made["placement_group_bundles"] == [bundle] * 3
+    hides_gpus = made["ray_actor_options"]["runtime_env"]["env_vars"].get("CUDA_VISIBLE_DEVICES") == ""
     assert hides_gpus == ("GPU" not in bundle)
     # Serve itself refuses a replica that its first bundle does not hold.
-    serve.deployment(BaseModel, num_replicas=2, **options)
+    serve.deployment(BaseModel, num_replicas=2, **made)
+
+
+def test_labels_place_the_ranks_and_not_the_replica_in_their_group() -> None:
+    made = options(tensor_parallel=2, cpus=1, labels={"pool": "base"})
+    assert made["placement_group_bundle_label_selector"] == [{"pool": "base"}] * 2
+    assert "label_selector" not in made["ray_actor_options"]
+    serve.deployment(BaseModel, **made)

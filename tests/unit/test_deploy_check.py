@@ -86,6 +86,29 @@ def at(path: str) -> Callable[[Config, Any], None]:
             3,
             r"/base \(trimtab-base\): tensor_parallel is 3, which does not divide",
         ),
+        (
+            "trimtab-base.args.resources",
+            {"gpus": 1, "custom": {"x": 0}},
+            r"resources.custom.x: .*greater than 0, not 0",
+        ),
+        ("trimtab-base.args.resources", {"accelerator_type": "H100"}, r"'H100' places GPUs, .* set gpus"),
+        ("trimtab-base.args.resources", {"labels": {"pool": "in(a"}}, r"args.resources.labels: Invalid label selector"),
+        (
+            "trimtab-base.deployments",
+            [{"name": "BaseModel", "ray_actor_options": {}}],
+            r"\[0\].ray_actor_options: set `args",
+        ),
+        ("trimtab-base.deployments", [{"name": "BaseModel", "max_ongoing_requests": 9}], r"set `args.max_sequences`"),
+        (
+            "trimtab-base.deployments",
+            [{"name": "BaseModel", "autoscaling_config": {"max_replica": 2}}],
+            r"applications\[0\].deployments\[0\].autoscaling_config.max_replica: there is no such key",
+        ),
+        (
+            "trimtab-base.deployments",
+            [{"name": "BaseModel", "autoscaling_config": {"min_replicas": 3, "max_replicas": 2}}],
+            r"applications\[0\].deployments\[0\].*max_replicas",
+        ),
         ("trimtab-base.args.model", "models/nothing", r"no model at /.*/models/nothing .*run `make models`"),
         ("trimtab-base.args.model", "/nowhere/at/all", r"args.model: no model at /nowhere/at/all .*check the path"),
         ("trimtab-base.import_path", "deploy.applications:basis", r"import_path: 'deploy.applications:basis' is none"),
@@ -112,6 +135,17 @@ def test_a_mistake_is_named_by_its_path(config: Config, path: str, value: Any, s
     at(path)(config, value)
     with pytest.raises(InvalidConfiguration, match=says):
         check(config)
+
+
+def test_every_deployment_takes_serves_own_options_for_scaling(config: Config) -> None:
+    config = copy.deepcopy(config)
+    scaling = {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 16, "downscale_delay_s": 60}
+    base, guide, _, trimtab = config["applications"]
+    base["deployments"] = [{"name": "BaseModel", "num_replicas": 2, "max_replicas_per_node": 1}]
+    guide["deployments"] = [{"name": "Guide", "autoscaling_config": scaling}]
+    for deployment in trimtab["deployments"]:
+        deployment |= {"autoscaling_config": scaling, "ray_actor_options": {"num_cpus": 1, "resources": {"x": 1}}}
+    check(config)
 
 
 def test_gateway_and_coordinator_must_agree(config: Config) -> None:
