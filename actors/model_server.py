@@ -32,9 +32,6 @@ from cluster.tls import Tls
 ATTACH_TIMEOUT_S = 15.0
 """A lease whose coordinator has not opened its stream by then ends; longer than a coordinator tries."""
 
-HANG_S = 120.0
-"""A step that takes longer will never end."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -68,6 +65,7 @@ class ModelServer:
         host: str,
         max_rows: int,
         max_prompt_tokens_per_step: int = 256,
+        hang_s: float = 10.0,
         thread: ThreadPoolExecutor | None = None,
         turns: Turns | None = None,
         tls: Tls | None = None,
@@ -82,6 +80,7 @@ class ModelServer:
             host: where the data plane listens.
             max_rows: of a step message.
             max_prompt_tokens_per_step: of all prompts together in a forward pass.
+            hang_s: a forward pass that takes longer counts as one that will never end.
             thread: the one in which the engine was made, from `engine_thread`. OpenMP gives every thread that computes
                 a team of its own, and lets none of them wait actively once there are more threads than cores: steps
                 then took up to 1.6 times as long.
@@ -107,6 +106,7 @@ class ModelServer:
         self._thread = thread or engine_thread()
         self._turns = turns
         self._ranks = ranks
+        self._hang_s = hang_s
         self._leases: set[str] = set()
         self._arrived: list[_Message] = []
         self._messages: dict[Task, _Message] = {}
@@ -142,6 +142,7 @@ class ModelServer:
             host=ray.util.get_node_ip_address(),
             max_rows=settings.max_sequences,
             max_prompt_tokens_per_step=settings.max_prompt_tokens_per_step,
+            hang_s=settings.step_timeout_s,
             thread=thread,
             turns=Turns() if settings.takes_turns else None,
             tls=Tls.of_environment(os.environ),
@@ -174,8 +175,8 @@ class ModelServer:
         """Raise `ReplicaLost` if steps are no longer run, or one hangs."""
         if self._loop is not None and self._loop.done():
             raise ReplicaLost(f"the loop of {self._replica} has ended")
-        if self._busy_since is not None and time.monotonic() - self._busy_since > HANG_S:
-            raise ReplicaLost(f"a step of {self._replica} has not ended within {HANG_S:g} s")
+        if self._busy_since is not None and time.monotonic() - self._busy_since > self._hang_s:
+            raise ReplicaLost(f"a step of {self._replica} has not ended within {self._hang_s:g} s")
 
     def report(self) -> None:
         """Bring the replica's figures to Ray."""

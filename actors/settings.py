@@ -64,6 +64,20 @@ class Resources(Settings):
         return self
 
 
+class Health(Settings):
+    """How Serve finds replicas that hang: three checks in a row without an answer, and it starts another."""
+
+    period_s: float = Field(default=2, gt=0)
+    """From one check to the next."""
+
+    timeout_s: float = Field(default=5, gt=0)
+    """For an answer."""
+
+
+DrainTime = Annotated[float, Field(ge=0)]
+"""How long a replica that is to end (an update, fewer replicas, a shutdown) may go on with what it is doing."""
+
+
 class BaseModelSettings(Settings):
     """`args` of the application `trimtab-base`."""
 
@@ -99,6 +113,14 @@ class BaseModelSettings(Settings):
 
     resources: Resources = Resources()
     """Of each rank: a replica with `tensor_parallel: n` takes n times as much."""
+
+    health: Health = Health()
+
+    step_timeout_s: float = Field(default=10, gt=0)
+    """A replica whose forward pass takes longer is not healthy any more."""
+
+    drain_s: DrainTime = 60
+    """For the sequences on it; those that are left go on on another replica."""
 
     @field_validator("model")
     @classmethod
@@ -161,10 +183,18 @@ class Limits(Settings):
     """How long things may take and how large they may be."""
 
     deadline_s: float = Field(default=600, gt=0)
-    """From a request's arrival to its last token."""
+    """From a request's arrival to its last token; a request's own `timeout` may be shorter."""
 
-    step_timeout_s: float = Field(default=60, gt=0)
-    """A replica that takes longer for one step counts as lost."""
+    step_timeout_s: float = Field(default=10, gt=0)
+    """A replica that takes longer for one step is lost to its sequences; one that does not even answer a ping within
+    that time is killed, so that Serve replaces it."""
+
+    on_guide_loss: Literal["wait", "fail"] = "wait"
+    """What a request does whose guide is lost or not there: wait for another replica, at most to its deadline, or fail
+    at once. It never goes on without the guide."""
+
+    drain_s: DrainTime = 60
+    """For the answers that a coordinator or gateway is writing; those that are left go on at another one."""
 
     max_open_requests: int = Field(default=1000, ge=1)
     """Per coordinator and per gateway, those that wait for room included; what comes beyond is refused (HTTP 429)."""
@@ -195,6 +225,7 @@ class CoordinatorSettings(Settings):
     exchange: ExchangeSettings = ExchangeSettings()
     limits: Limits = Limits()
     security: SecuritySettings = SecuritySettings()
+    health: Health = Health()
 
 
 class GuidanceSettings(Settings):

@@ -4,7 +4,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
-from actors.coordinator.sequence import LiveSequence, Voice
+from actors.coordinator.sequence import LiveSequence, Seat, Voice
 from actors.coordinator.text import TextWriter
 from actors.guidance import Sampling
 from actors.guidance.output import OutputFunction
@@ -50,9 +50,8 @@ async def live_sequences(
             streams.append(await connecting)
         yield [
             LiveSequence(
-                key=str(i),
                 voices=[
-                    Voice(f"voice {n}", WEIGHT if n else 1.0, stream, list(prompts[n][i]), output=outputs[n])
+                    Voice(f"voice {n}", WEIGHT if n else 1.0, Seat(stream, str(i), outputs[n]), list(prompts[n][i]))
                     for n, stream in enumerate(streams)
                 ],
                 sampling=Sampling(seed=seed),

@@ -6,6 +6,7 @@ TrimtabError
 │   └── UnknownModel         the request names a profile that does not exist (HTTP 404)
 ├── Overloaded               no room for another sequence at present; try again later (HTTP 429)
 ├── ReplicaLost              a model replica died, hung or cannot be had (HTTP 503)
+│   └── AnswerLost           what wrote an answer, or the way from there, was lost; it can be asked for again
 ├── DeadlineExceeded         the request's own time is over (HTTP 504)
 ├── Preempted                a replica gave a sequence's tokens up for room; the coordinator sends them again
 └── EngineError              a sequence cannot take the step it was asked to take; always a defect of the caller
@@ -53,6 +54,10 @@ class Overloaded(TrimtabError):
 
 class ReplicaLost(TrimtabError):
     """A model replica died, hung, or cannot be had."""
+
+
+class AnswerLost(ReplicaLost):
+    """The writer of an answer died, or the way from it broke: another one can go on with it."""
 
 
 class DeadlineExceeded(TrimtabError):

@@ -10,7 +10,7 @@ from actors.base_model import BaseModel
 from actors.coordinator.coordinator import Coordinator
 from actors.guide import Guide
 from actors.router import LeaseRouter
-from actors.settings import BaseModelSettings, CoordinatorSettings, GuideSettings
+from actors.settings import BaseModelSettings, CoordinatorSettings, GuideSettings, Health
 from deploy.gateway import Gateway
 
 # A coordinator and a gateway hold no model: a small share of a core lets Ray place them anywhere.
@@ -20,7 +20,8 @@ UNBOUNDED = 100_000
 # GNU's OpenMP, torch's on Linux: its threads wait actively for what the next operation needs within a tenth of a
 # millisecond or so, and leave the cores to another model after that.
 THREADS = {"GOMP_SPINCOUNT": "20000"}
-HEALTH_CHECK = {"health_check_period_s": 2, "health_check_timeout_s": 10}
+# How often Serve looks whether a replica that is to end has nothing more to do.
+DRAIN_LOOK_S = 0.5
 
 
 def base(args: BaseModelSettings) -> Application:
@@ -35,7 +36,11 @@ def guide(args: GuideSettings) -> Application:
 
 def trimtab(args: CoordinatorSettings) -> Application:
     """`trimtab`: HTTP, and the loop that steers."""
-    light = {"max_ongoing_requests": UNBOUNDED, "ray_actor_options": LIGHT, **HEALTH_CHECK}
+    light = {
+        "max_ongoing_requests": UNBOUNDED,
+        "ray_actor_options": LIGHT,
+        **life_options(args.health, args.limits.drain_s),
+    }
     coordinator = serve.deployment(Coordinator, **light).bind(args)
     return serve.deployment(Gateway, **light).bind(coordinator, args)
 
@@ -62,7 +67,7 @@ def model_options(args: BaseModelSettings) -> dict[str, Any]:
         "request_router_config": RequestRouterConfig(request_router_class=LeaseRouter),
         # A lease ends by being cancelled, so its line in the access log would look like a failure.
         "logging_config": {"enable_access_log": False},
-        **HEALTH_CHECK,
+        **life_options(args.health, args.drain_s),
     }
     if args.tensor_parallel > 1:
         rank = {"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom}
@@ -78,3 +83,13 @@ def model_options(args: BaseModelSettings) -> dict[str, Any]:
     elif resources.labels:
         actor["label_selector"] = resources.labels
     return options
+
+
+def life_options(health: Health, drain_s: float) -> dict[str, Any]:
+    """How Serve watches over replicas, and how it ends them."""
+    return {
+        "health_check_period_s": health.period_s,
+        "health_check_timeout_s": health.timeout_s,
+        "graceful_shutdown_timeout_s": drain_s,
+        "graceful_shutdown_wait_loop_s": DRAIN_LOOK_S,
+    }

@@ -8,20 +8,21 @@
     answer = await AsyncClient().generate(prompt="It was a dark", seed=7)
 
 Both take the fields of `actors.coordinator.request.GenerationRequest` as keywords, and raise the errors of
-`cluster.errors`. `ray.init()` is the caller's.
+`cluster.errors`. When a coordinator is lost, they go on with another one, up to the request's `timeout` (600 s if it
+has none): the answer has every token once. `ray.init()` is the caller's.
 """
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from actors.coordinator.sequence import Piece
 from cluster.errors import ReplicaLost
+from deploy.attempts import REPEATABLE, Attempts, own_errors
 
 
 class Client:
@@ -36,17 +37,29 @@ class Client:
 
     def generate(self, **fields: Any) -> Piece:
         """Return a whole answer: its text, token ids, finish reason, usage and seed."""
-        with _own_errors():
-            return self._coordinator.generate.remote(**fields).result()
+        attempts = Attempts(fields)
+        while True:
+            try:
+                with own_errors():
+                    return self._coordinator.generate.remote(**attempts.fields()).result()
+            except REPEATABLE as error:
+                time.sleep(attempts.pause_s(error))
 
     def stream(self, **fields: Any) -> Iterator[Piece]:
         """Yield an answer piece by piece; closing the iterator ends the request."""
-        call = self._coordinator.options(stream=True).stream.remote(**fields)
-        try:
-            with _own_errors():
-                yield from call
-        finally:
-            call.cancel()
+        attempts = Attempts(fields)
+        while not attempts.is_finished:
+            call = self._coordinator.options(stream=True).stream.remote(attempts.resume(), **attempts.fields())
+            try:
+                with own_errors():
+                    for piece in call:
+                        attempts.take([piece])
+                        yield piece
+            except REPEATABLE as error:
+                if not attempts.is_finished:
+                    time.sleep(attempts.pause_s(error))
+            finally:
+                call.cancel()
 
 
 class AsyncClient:
@@ -61,36 +74,35 @@ class AsyncClient:
 
     async def generate(self, **fields: Any) -> Piece:
         """Return a whole answer: its text, token ids, finish reason, usage and seed."""
-        call = self._coordinator.generate.remote(**fields)
-        try:
-            with _own_errors():
-                return await call
-        finally:
-            call.cancel()
+        attempts = Attempts(fields)
+        while True:
+            call = self._coordinator.generate.remote(**attempts.fields())
+            try:
+                with own_errors():
+                    return await call
+            except REPEATABLE as error:
+                await asyncio.sleep(attempts.pause_s(error))
+            finally:
+                call.cancel()
 
     async def stream(self, **fields: Any) -> AsyncIterator[Piece]:
         """Yield an answer piece by piece; closing the iterator ends the request."""
-        call = self._coordinator.options(stream=True).stream.remote(**fields)
-        try:
-            with _own_errors():
-                async for piece in call:
-                    yield piece
-        finally:
-            call.cancel()
+        attempts = Attempts(fields)
+        while not attempts.is_finished:
+            call = self._coordinator.options(stream=True).stream.remote(attempts.resume(), **attempts.fields())
+            try:
+                with own_errors():
+                    async for piece in call:
+                        attempts.take([piece])
+                        yield piece
+            except REPEATABLE as error:
+                if not attempts.is_finished:
+                    await asyncio.sleep(attempts.pause_s(error))
+            finally:
+                call.cancel()
 
 
 def _coordinator() -> DeploymentHandle:
     if "trimtab" not in serve.status().applications:
         raise ReplicaLost("no application 'trimtab' runs on this Ray cluster; start it: serve run deploy.yaml")
     return serve.get_deployment_handle("Coordinator", "trimtab")
-
-
-@contextmanager
-def _own_errors() -> Iterator[None]:
-    """Turn what Ray says of a call into the errors of `cluster.errors`."""
-    try:
-        yield
-    except RayTaskError as error:
-        raise error.cause from error
-    except (RayError, RayServeException) as error:
-        raise ReplicaLost(f"the coordinator was lost: {error}") from error

@@ -3,26 +3,28 @@
 import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import ray
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from actors.coordinator.request import parse_request
 from actors.coordinator.sequence import Piece
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
 from cluster.delivery import Feed, Inbox
-from cluster.errors import DeadlineExceeded, ReplicaLost, TrimtabError
+from cluster.errors import ReplicaLost, TrimtabError
 from cluster.tls import Tls
 from deploy.access import Access, Guard, caller_of
+from deploy.attempts import REPEATABLE, Attempts, own_errors
 from deploy.openai_schema import Answer, ChatCompletionRequest, CompletionRequest, TextRequest
 from deploy.responses import ERRORS, RETRY_AFTER_S, STREAMS, answer_errors, stream_events
+
+ABSENCE_S = 10
+"""The coordinator's own deadline comes first and says more; so much later, there is none that could."""
 
 app = FastAPI(title="Trimtab", description="Weak-to-strong guided generation", responses=ERRORS, redirect_slashes=False)
 answer_errors(app)
@@ -33,11 +35,10 @@ app.add_middleware(Guard)
 async def _follow(call: DeploymentResponse, feed: Feed) -> None:
     """Tell the feed how its call ended."""
     try:
-        feed.settle(await call)
-    except (TrimtabError, RayTaskError) as error:
+        with own_errors():
+            feed.settle(await call)
+    except TrimtabError as error:
         feed.fail(error)
-    except (RayError, RayServeException) as error:
-        feed.fail(ReplicaLost(f"the coordinator was lost: {error}"))
     except Exception as error:
         feed.fail(TrimtabError(f"the coordinator failed: {error!r}"))
 
@@ -50,8 +51,7 @@ class Gateway:
         self.access = Access.of_replica(settings)
         """What the guard asks of every request."""
         self._coordinator = coordinator
-        # The coordinator's own deadline comes first and says more; this one is for a coordinator that is not there.
-        self._deadline_s = settings.limits.deadline_s + 10
+        self._deadline_s = settings.limits.deadline_s
         self._guidance = GuidanceSettings()
         self._inbox: Inbox | None = None
         self._starting = asyncio.Lock()
@@ -99,7 +99,7 @@ class Gateway:
 
     async def _answer(self, request: CompletionRequest | ChatCompletionRequest, http: Request) -> Response:
         # What is wrong whatever the models are needs no coordinator, whose log would tell it as a failure.
-        parse_request(self._guidance, request.fields())
+        parse_request(self._guidance, request.fields(), self._deadline_s)
         request.is_for(caller_of(http.scope))
         answer = Answer(request)
         if not request.stream:
@@ -112,22 +112,40 @@ class Gateway:
 
     async def _generate(self, request: TextRequest) -> Piece:
         """A whole answer; given up when the client leaves."""
-        call = self._coordinator.generate.remote(**request.fields())
-        try:
-            async with self._deadline():
-                return await call
-        finally:
-            call.cancel()
+        attempts = Attempts(request.fields(), deadline_s=self._deadline_s)
+        while True:
+            call = self._coordinator.generate.remote(**attempts.fields())
+            try:
+                async with self._deadline(attempts):
+                    with own_errors():
+                        return await call
+            except REPEATABLE as error:
+                await asyncio.sleep(attempts.pause_s(error))
+            finally:
+                call.cancel()
 
     async def _stream(self, request: TextRequest) -> AsyncGenerator[list[Piece], None]:
         """An answer in pieces, as many at a time as there are; given up when the client leaves."""
+        attempts = Attempts(request.fields(), deadline_s=self._deadline_s)
+        while not attempts.is_finished:
+            try:
+                async with aclosing(self._read(attempts)) as batches:
+                    async for pieces in batches:
+                        attempts.take(pieces)
+                        yield pieces
+            except REPEATABLE as error:
+                if not attempts.is_finished:
+                    await asyncio.sleep(attempts.pause_s(error))
+
+    async def _read(self, attempts: Attempts) -> AsyncGenerator[list[Piece], None]:
+        """What one coordinator brings of an answer."""
         inbox = await self._open_inbox()
         with inbox.open() as feed:
-            call = self._coordinator.deliver.remote(feed.destination, **request.fields())
+            call = self._coordinator.deliver.remote(feed.destination, attempts.resume(), **attempts.fields())
             following = asyncio.create_task(_follow(call, feed))
             try:
                 while True:
-                    async with self._deadline():
+                    async with self._deadline(attempts):
                         pieces = await feed.read()
                     if not pieces:
                         return
@@ -147,9 +165,9 @@ class Gateway:
         return self._inbox
 
     @asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
+    async def _deadline(self, attempts: Attempts) -> AsyncIterator[None]:
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(attempts.left_s + ABSENCE_S):
                 yield
         except TimeoutError as error:
-            raise DeadlineExceeded(f"no coordinator answered within {self._deadline_s:g} s") from error
+            raise ReplicaLost(f"no coordinator answered in time, nor {ABSENCE_S:g} s later") from error

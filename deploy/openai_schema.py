@@ -51,6 +51,9 @@ class TextRequest(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     guidance: Guidance | None = None
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds until the last token, at most the service's own deadline."""
+
     _caller: Caller | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")

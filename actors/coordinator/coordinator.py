@@ -3,28 +3,28 @@
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from contextlib import AsyncExitStack, aclosing
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from actors.coordinator.admission import UNNAMED, Admission, Caller
 from actors.coordinator.lane import Lane
+from actors.coordinator.presence import Presence
 from actors.coordinator.refusals import log_refusals_briefly
 from actors.coordinator.replicas import Place, Replicas
 from actors.coordinator.request import Generation, parse_request
-from actors.coordinator.sequence import LiveSequence, Piece, Voice
+from actors.coordinator.sequence import LiveSequence, Piece, Resume, Voice
+from actors.coordinator.tenancy import Tenancy
 from actors.coordinator.text import TextWriter
 from actors.guidance.drawing import warm_up
-from actors.leases import BaseDescription, Lease, LeaseRequest
+from actors.leases import BaseDescription, Lease
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
 from cluster.delivery import Destination, Outlets, Receipt
 from cluster.errors import DeadlineExceeded, InvalidConfiguration, InvalidRequest, TrimtabError
 from cluster.exchange import StepStream
 from cluster.tls import Tls
-
-T = TypeVar("T")
 
 
 class Coordinator:
@@ -42,7 +42,10 @@ class Coordinator:
         self._limits = settings.limits
         self._guidance = GuidanceSettings()
         tls = Tls.of_environment(os.environ)
-        self._replicas = Replicas(self._id, settings.exchange.transport, tls)
+        self._replicas = Replicas(
+            self._id, settings.exchange.transport, step_timeout_s=settings.limits.step_timeout_s, tls=tls
+        )
+        self._presence = Presence()
         self._outlets = Outlets(tls)
         self._lanes: dict[StepStream, Lane] = {}
         self._admission = Admission(settings.limits.max_open_requests)
@@ -66,8 +69,10 @@ class Coordinator:
                 token_ids += piece["token_ids"]
         return {**piece, "text": "".join(text), "token_ids": token_ids}
 
-    async def stream(self, *, caller: Caller = UNNAMED, **fields: Any) -> AsyncGenerator[Piece, None]:
-        """Yield an answer as it is written.
+    async def stream(
+        self, resume: Resume | None = None, /, *, caller: Caller = UNNAMED, **fields: Any
+    ) -> AsyncGenerator[Piece, None]:
+        """Yield an answer as it is written, from its beginning or behind what another coordinator has sent of it.
 
         Args:
             caller: whom it is for, from a gateway that knows the key.
@@ -77,22 +82,31 @@ class Coordinator:
             InvalidRequest: a field is unknown or impossible.
             Overloaded: too many requests are open, or the caller has used up what it may.
             DeadlineExceeded: the answer was not finished in time.
-            ReplicaLost: a model that it needs cannot be had, or was lost.
+            ReplicaLost: a model that it needs could not be had in time, or is not the one that it began with.
         """
-        request = parse_request(self._guidance, fields)
-        deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
+        request = parse_request(self._guidance, fields, self._limits.deadline_s)
+        deadline = asyncio.get_running_loop().time() + request.timeout_s
+        tenancy = self._tenancy(request)
         async with AsyncExitStack() as stack:
             ticket = stack.enter_context(self._admission.open(caller))
-            sequence = await self._within(deadline, "begun", self._begin(stack, caller, request))
-            ticket.charge(len(sequence.voices[0].tokens))
-            while True:
-                piece = await self._within(deadline, "finished", sequence.read())
-                ticket.charge(piece["usage"]["total_tokens"])
-                yield piece
-                if piece["finish_reason"] is not None:
-                    return
+            stack.push_async_callback(tenancy.end)
+            try:
+                # Never around a `yield`: the time that a caller takes to come back is not ours to cancel.
+                async with asyncio.timeout_at(deadline), self._admission.turn(caller, request.weights):
+                    sequence = await self._begin(request, resume, tenancy)
+                ticket.charge(len(sequence.voices[0].tokens))
+                while True:
+                    async with asyncio.timeout_at(deadline):
+                        piece = await sequence.read()
+                    ticket.charge(piece["usage"]["total_tokens"])
+                    yield piece
+                    if piece["finish_reason"] is not None:
+                        return
+            except TimeoutError as error:
+                late = DeadlineExceeded(f"the answer was not finished within {request.timeout_s:g} s")
+                raise tenancy.overdue(request.timeout_s) or late from error
 
-    async def deliver(self, destination: Destination, /, **fields: Any) -> Receipt:
+    async def deliver(self, destination: Destination, resume: Resume | None = None, /, **fields: Any) -> Receipt:
         """Put the pieces of an answer into a gateway's feed as they are written; return when the last one is sent.
 
         The receipt has the errors of `stream`, so that the reader can take them after the pieces before them.
@@ -100,7 +114,7 @@ class Coordinator:
         num_pieces = 0
         try:
             outlet = await self._outlets.reach(destination)
-            async with aclosing(self.stream(**fields)) as pieces:
+            async with aclosing(self.stream(resume, **fields)) as pieces:
                 async for piece in pieces:
                     outlet.put(destination.key, piece)
                     num_pieces += 1
@@ -108,56 +122,42 @@ class Coordinator:
             return Receipt(num_items=num_pieces, error=error)
         return Receipt(num_items=num_pieces)
 
-    async def _begin(self, stack: AsyncExitStack, caller: Caller, request: Generation) -> LiveSequence:
-        """Take the models that a request needs when it is its caller's turn."""
-        async with self._admission.turn(caller, request.weights):
-            return await stack.enter_async_context(self._live(request))
+    def _tenancy(self, request: Generation) -> Tenancy:
+        """The places that a request needs, none of them taken yet."""
 
-    async def _within(self, deadline: float, done: str, answer: Awaitable[T]) -> T:
-        # Never around a `yield`: the time that a caller takes to come back is not ours to cancel.
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await answer
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"the answer was not {done} within {self._limits.deadline_s:g} s") from error
+        def lease(name: str) -> Awaitable[Place]:
+            return self._replicas.lease(name, request.prompt, frozenset(self._bases))
 
-    @asynccontextmanager
-    async def _live(self, request: Generation) -> AsyncIterator[LiveSequence]:
+        return Tenancy(
+            (*request.weights, NO_GUIDANCE),
+            lease=lease,
+            is_there=self._presence.is_there,
+            waits_for_guides=self._limits.on_guide_loss == "wait",
+        )
+
+    async def _begin(self, request: Generation, resume: Resume | None, tenancy: Tenancy) -> LiveSequence:
         """A sequence that takes part in its base's lane."""
-        key = uuid.uuid4().hex
-        async with AsyncExitStack() as leases:
-            places: dict[str, Place] = {}
-            # Guides first, in one order for all, and the base last: two sequences never wait for each other.
-            for name in (*request.weights, NO_GUIDANCE):
-                wanted = LeaseRequest(
-                    coordinator=self._id,
-                    sequence=key,
-                    prompt=request.prompt,
-                    known_bases=frozenset(self._bases),
-                )
-                places[name] = await leases.enter_async_context(self._replicas.lease(name, wanted))
-            base = places[NO_GUIDANCE]
-            for name, place in places.items():
-                if place.lease.base_vocabulary != base.lease.base_vocabulary:
-                    raise InvalidConfiguration(f"guide {name!r} was made for another base; correct `base` in its args")
-            description, tokenizer = self._learn(base.lease)
-            sequence = LiveSequence(
-                key=key,
-                voices=[
-                    _voice(name, request.weights.get(name, 1.0), places[name])
-                    for name in (NO_GUIDANCE, *request.weights)
-                ],
-                sampling=request.sampling,
-                max_tokens=_max_tokens(request, {name: place.lease for name, place in places.items()}),
-                end_tokens=description.end_tokens,
-                writer=TextWriter(tokenizer, base.lease.prompt_tokens, request.stop),
-            )
-            lane = self._lane(base.stream)
-            lane.add(sequence)
-            try:
-                yield sequence
-            finally:
-                lane.remove(sequence)
+        await tenancy.begin()
+        leases = {name: place.lease for name, place in tenancy.places.items()}
+        base = leases[NO_GUIDANCE]
+        for name, lease in leases.items():
+            if lease.base_vocabulary != base.base_vocabulary:
+                raise InvalidConfiguration(f"guide {name!r} was made for another base; correct `base` in its args")
+        description, tokenizer = self._learn(base)
+        sequence = LiveSequence(
+            voices=[
+                Voice(name, request.weights.get(name, 1.0), None, list(leases[name].prompt_tokens))
+                for name in (NO_GUIDANCE, *request.weights)
+            ],
+            sampling=request.sampling,
+            max_tokens=_max_tokens(request, leases),
+            end_tokens=description.end_tokens,
+            writer=TextWriter(tokenizer, base.prompt_tokens, request.stop),
+        )
+        if resume is not None:
+            sequence.resume(resume)
+        tenancy.settle(sequence, self._lane)
+        return sequence
 
     def _lane(self, base: StepStream) -> Lane:
         lane = self._lanes.get(base)
@@ -172,13 +172,13 @@ class Coordinator:
             self._bases[lease.fingerprint] = lease.description, Tokenizer.from_str(lease.description.tokenizer)
         return self._bases[lease.fingerprint]
 
-    async def __del__(self) -> None:
+    async def close(self) -> None:
+        """End every connection."""
         await self._outlets.close()
         await self._replicas.close()
 
-
-def _voice(name: str, weight: float, place: Place) -> Voice:
-    return Voice(name, weight, place.stream, list(place.lease.prompt_tokens), output=place.output)
+    async def __del__(self) -> None:
+        await self.close()
 
 
 def _max_tokens(request: Generation, leases: Mapping[str, Lease]) -> int:

@@ -10,7 +10,7 @@ from actors.coordinator.sequence import LiveSequence
 from actors.guidance import Guidance, drawing
 from actors.settings import Limits
 from cluster.errors import DeadlineExceeded, EngineError, Preempted, ReplicaLost, TrimtabError
-from cluster.exchange import Rows
+from cluster.exchange import Failure, Rows
 
 PATIENCE_S = 0.25
 """How much longer than twice the step's first answer a replica may take before its sequences are left behind."""
@@ -23,6 +23,7 @@ class Lane:
 
     A sequence whose rows are late is left out of a step and joins a later one, so that a replica that hangs holds up
     only the sequences that use it. Prompts fly apart from the steps: a sequence joins when all its voices have read it.
+    A sequence that a replica has lost hears of it (`LiveSequence.lose`), and is left out until its voice has another.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -47,10 +48,18 @@ class Lane:
             self._loop = asyncio.create_task(self._run())
 
     def remove(self, sequence: LiveSequence) -> None:
-        """Take a sequence out, finished or not."""
+        """Take a sequence out, finished or not; it is written no further."""
         sequence.fail(TrimtabError("its reader has left"))
+        self.release(sequence)
+
+    def release(self, sequence: LiveSequence) -> None:
+        """Take out a sequence whose voices have left their seats; it may go on in any lane."""
         if sequence in self._sequences:
             self._sequences.remove(sequence)
+        self._arrival.set()
+
+    def wake(self) -> None:
+        """Look again at what can run: a voice has another seat."""
         self._arrival.set()
 
     async def _run(self) -> None:
@@ -105,34 +114,42 @@ class Lane:
             self._land(message.parts, rows)
         except (ReplicaLost, DeadlineExceeded) as error:
             for part in message.parts:
-                part.sequence.fail(ReplicaLost(f"{part.voice.name} was lost while it was writing: {error}"))
+                if part.is_current:
+                    part.sequence.lose(part.voice, error)
         except Exception as error:
             logger.exception("a step message failed")
             for part in message.parts:
-                part.sequence.fail(TrimtabError(f"a step of {part.voice.name} failed: {error}"))
+                if part.is_current:
+                    part.sequence.fail(TrimtabError(f"a step of {part.voice.name} failed: {error}"))
         finally:
             for part in message.parts:
-                part.voice.in_flight = False
+                if part.is_current:
+                    part.voice.in_flight = False
 
     def _land(self, parts: Sequence[Part], rows: Rows) -> None:
-        """Hand rows that have come to their voices."""
-        if not any(part.sequence.is_live for part in parts):
+        """Hand rows that have come to their voices; what comes for a seat that was left is dropped."""
+        if not any(part.sequence.is_live and part.is_current for part in parts):
             rows.release()
             return
         self._landed.append(rows)
         failures = {failure.sequence: failure for failure in rows.failures}
-        for part in parts:
-            failure = failures.get(part.sequence.key)
-            if failure is None:
-                continue
-            if failure.kind == Preempted.__name__:
-                part.voice.num_sent = 0
-                continue
-            kind = ReplicaLost if failure.kind == ReplicaLost.__name__ else EngineError
-            part.sequence.fail(kind(f"{part.voice.name} could not take a step: {failure.message}"))
-        completed = [part for part in parts if part.sequence.key not in failures]
+        completed = [part for part in parts if part.seat.key not in failures]
         for part, row in zip(completed, rows.tensor, strict=True):
-            part.voice.row = row
+            if part.is_current:
+                part.voice.row = row
+        for part in parts:
+            failure = failures.get(part.seat.key)
+            if failure is not None and part.is_current:
+                self._refuse(part, failure)
+
+    def _refuse(self, part: Part, failure: Failure) -> None:
+        """Take note of why a replica has not done a part of a step."""
+        if failure.kind == Preempted.__name__:
+            part.voice.num_sent = 0
+        elif failure.kind == ReplicaLost.__name__:
+            part.sequence.lose(part.voice, ReplicaLost(failure.message))
+        else:
+            part.sequence.fail(EngineError(f"{part.voice.name} could not take a step: {failure.message}"))
 
     def _write(self) -> None:
         """Turn the last step's tokens into text while the models compute."""
@@ -163,7 +180,7 @@ class Lane:
             if token is None:
                 names = ", ".join(voice.name for voice in sequence.voices)
                 sequence.fail(EngineError(f"the merged logits of {names} are not finite; use a wider dtype"))
-            elif sequence.is_live:
+            elif sequence.can_draw:
                 sequence.commit(token)
                 self._unwritten.append(sequence)
         self._sequences = [sequence for sequence in self._sequences if sequence.is_live]

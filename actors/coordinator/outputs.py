@@ -66,10 +66,11 @@ def logits_by_voice(voices: Iterable[Voice]) -> dict[Voice, Tensor]:
     hidden: defaultdict[OutputFunction, list[tuple[Voice, Tensor]]] = defaultdict(list)
     for voice in voices:
         assert voice.row is not None
-        if voice.output is None:
+        assert voice.seat is not None
+        if voice.seat.output is None:
             logits[voice] = voice.row
         else:
-            hidden[voice.output].append((voice, voice.row))
+            hidden[voice.seat.output].append((voice, voice.row))
     for output, rows in hidden.items():
         logits_RV = output(torch.stack([row for _, row in rows]))
         logits.update(zip((voice for voice, _ in rows), logits_RV, strict=True))

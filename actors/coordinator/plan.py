@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from actors.coordinator.sequence import LiveSequence, Replica, Voice
+from actors.coordinator.sequence import LiveSequence, Replica, Seat, Voice
 from cluster.exchange import Work
 
 
@@ -14,11 +14,18 @@ class Part:
 
     sequence: LiveSequence
     voice: Voice
+    seat: Seat
+    """The voice's, when the step was planned."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the answer still concerns the voice: it has not moved meanwhile."""
+        return self.voice.seat is self.seat
 
     def work(self) -> Work:
         """The step message's item for it: all tokens that its replica lacks, and the row after the last of them."""
         tokens = self.voice.tokens[self.voice.num_sent :]
-        return Work(self.sequence.key, self.voice.num_sent, tokens, rows=(len(tokens) - 1,))
+        return Work(self.seat.key, self.voice.num_sent, tokens, rows=(len(tokens) - 1,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +41,20 @@ class Message:
 def plan_step(sequences: Iterable[LiveSequence]) -> list[Message]:
     """Return what is to be sent.
 
-    Voices that only lack the last drawn token share a message to their replica. Those that lack more, at the beginning
-    or after the replica gave their tokens up, have one each: their replica takes them in chunks beside the others.
+    Voices that only lack the last drawn token share a message to their replica. Those that lack more, at the beginning,
+    on another replica, or after the replica gave their tokens up, have one each: their replica takes them in chunks
+    beside the others. A voice without a seat waits.
     """
     prompts: list[Message] = []
     decoding: defaultdict[Replica, list[Part]] = defaultdict(list)
     for sequence in sequences:
         for voice in sequence.voices:
-            if not sequence.is_live or voice.in_flight or voice.num_pending == 0:
+            seat = voice.seat
+            if not sequence.is_live or seat is None or voice.in_flight or voice.num_pending == 0:
                 continue
-            part = Part(sequence, voice)
+            part = Part(sequence, voice, seat)
             if voice.num_pending > 1:
-                prompts.append(Message(voice.replica, [part], is_prompt=True))
+                prompts.append(Message(seat.replica, [part], is_prompt=True))
             else:
-                decoding[voice.replica].append(part)
+                decoding[seat.replica].append(part)
     return [*(Message(replica, parts, is_prompt=False) for replica, parts in decoding.items()), *prompts]

@@ -2,18 +2,20 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import uuid
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from actors.coordinator.hangs import watch
 from actors.coordinator.outputs import OutputFunctions
-from actors.guidance.output import OutputFunction
+from actors.coordinator.presence import model_handle
+from actors.coordinator.sequence import Seat
 from actors.leases import Lease, LeaseRequest, Refusal
+from actors.prompts import Prompt
 from actors.settings import NO_GUIDANCE
 from cluster.errors import InvalidRequest, ReplicaLost
 from cluster.exchange import StepStream, Transport
@@ -24,44 +26,49 @@ CONNECT_TIMEOUT_S = 10.0
 logger = logging.getLogger(__name__)
 
 
-def model_handle(name: str) -> Any:
-    """Return the handle of the base's deployment or of a guide's."""
-    if name == NO_GUIDANCE:
-        return serve.get_deployment_handle("BaseModel", "trimtab-base")
-    return serve.get_deployment_handle("Guide", f"trimtab-guide-{name}")
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """Room for a sequence on a replica."""
+    """Room for a sequence on a replica, until it ends or the replica does."""
 
     lease: Lease
     stream: StepStream
-    output: OutputFunction | None
-    """What turns the stream's rows into logits; none where they are logits."""
+    seat: Seat
+    """What a voice takes."""
+
+    call: Any
+    """The lease's own, at Serve."""
+
+    def end(self) -> None:
+        """Give the room back; doing so again is no error."""
+        self.call.cancel()
 
 
 class Replicas:
     """Takes leases for one coordinator and keeps one stream open to each replica on which it has any."""
 
-    def __init__(self, coordinator: str, transport: Transport, tls: Tls | None = None) -> None:
+    def __init__(
+        self, coordinator: str, transport: Transport, *, step_timeout_s: float, tls: Tls | None = None
+    ) -> None:
         self._coordinator = coordinator
         self._transport: Transport = transport
+        self._step_timeout_s = step_timeout_s
         self._tls = tls
         self._streams: dict[str, StepStream] = {}
         self._fingerprints: dict[str, str] = {}
         self._outputs = OutputFunctions()
         self._connecting: dict[str, asyncio.Lock] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    @asynccontextmanager
-    async def lease(self, name: str, request: LeaseRequest) -> AsyncIterator[Place]:
-        """Hold room for a sequence on a replica of the base or of a guide, which Serve picks.
+    async def lease(self, name: str, prompt: Prompt, known_bases: frozenset[str]) -> Place:
+        """Take room for a sequence on a replica of the base or of a guide, which Serve picks.
 
         Raises:
             InvalidRequest: the model cannot take the prompt.
             ReplicaLost: no replica can be had.
         """
+        request = LeaseRequest(
+            coordinator=self._coordinator, sequence=uuid.uuid4().hex, prompt=prompt, known_bases=known_bases
+        )
         try:
             call = model_handle(name).options(stream=True).lease.remote(request)
         except RayServeException as error:
@@ -69,9 +76,10 @@ class Replicas:
         try:
             grant = await self._first(name, call)
             stream = await self._stream(grant)
-            yield Place(grant, stream, await self._outputs.get(grant))
-        finally:
+            return Place(grant, stream, Seat(stream, request.sequence, await self._outputs.get(grant)), call)
+        except BaseException:
             call.cancel()
+            raise
 
     async def _first(self, name: str, call: Any) -> Lease:
         try:
@@ -99,17 +107,23 @@ class Replicas:
                 self._streams[lease.address] = stream
                 self._fingerprints[lease.address] = lease.fingerprint
                 stream.lost.add_done_callback(lambda _: self._forget(lease.address, stream))
+                self._start(watch(lease.replica, stream, self._step_timeout_s))
         return stream
 
     def _forget(self, address: str, stream: StepStream) -> None:
         if self._streams.get(address) is stream:
             del self._streams[address], self._fingerprints[address]
             self._outputs.keep(self._fingerprints.values())
-        closing = asyncio.get_running_loop().create_task(stream.close())
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
+        self._start(stream.close())
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
         """Close every stream."""
+        for task in list(self._tasks):
+            task.cancel()
         for stream in list(self._streams.values()):
             await stream.close()

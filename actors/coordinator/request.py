@@ -76,6 +76,9 @@ class GenerationRequest(BaseModel):
     stop: StopStrings = []
     """Texts that end the answer; they are not part of it."""
 
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds from the request's arrival to its last token, at most `limits.deadline_s`, which holds if absent."""
+
     @model_validator(mode="after")
     def _need_one_prompt(self) -> "GenerationRequest":
         if (self.prompt is None) == (self.messages is None):
@@ -94,10 +97,17 @@ class Generation:
     sampling: Sampling
     max_tokens: int | None
     stop: tuple[str, ...]
+    timeout_s: float
 
 
-def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any]) -> Generation:
-    """Return what is to be generated. A field that is None counts as absent.
+def choose_seed() -> int:
+    """Return a seed for a request without one."""
+    # 53 bits: readers of JSON with double-precision numbers keep them all.
+    return secrets.randbits(53)
+
+
+def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any], deadline_s: float) -> Generation:
+    """Return what is to be generated, within `deadline_s` at most. A field that is None counts as absent.
 
     Raises:
         UnknownModel: no such profile.
@@ -107,8 +117,8 @@ def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any]) -> Gene
         request = GenerationRequest.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
         raise invalid_request(error.errors()[0]) from error
-    # 53 bits: readers of JSON with double-precision numbers keep them all.
-    seed = secrets.randbits(53) if request.seed is None else request.seed
+    if request.timeout is not None and request.timeout > deadline_s:
+        raise InvalidRequest(f"timeout: {request.timeout:g} s is more than the limit, {deadline_s:g} s", "timeout")
     messages = None if request.messages is None else [message.plain() for message in request.messages]
     return Generation(
         prompt=Prompt(text=request.prompt, messages=messages),
@@ -118,10 +128,11 @@ def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any]) -> Gene
             top_k=max(0, request.top_k),
             top_p=request.top_p,
             min_p=request.min_p,
-            seed=seed,
+            seed=choose_seed() if request.seed is None else request.seed,
         ),
         max_tokens=request.max_tokens,
         stop=tuple(request.stop),
+        timeout_s=deadline_s if request.timeout is None else request.timeout,
     )
 
 

@@ -1,7 +1,7 @@
 """A live sequence: its voices, its tokens, and the text that waits for its reader. Knows nothing of Ray."""
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypedDict
 
@@ -10,9 +10,12 @@ from torch import Tensor
 from actors.coordinator.text import TextWriter
 from actors.guidance import Sampling
 from actors.guidance.output import OutputFunction
+from cluster.errors import ReplicaLost, TrimtabError
 from cluster.exchange import Rows, Work
 
 FinishReason = Literal["stop", "length"]
+
+SEND_AGAIN = "send the request again"
 
 
 class Usage(TypedDict):
@@ -41,6 +44,27 @@ class Replica(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """What the reader of an answer had received of it when its writer was lost."""
+
+    token_ids: Sequence[int]
+    num_chars: int
+    """Of its text."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seat:
+    """Where a voice's model runs. A voice that moves gets another one, so that what comes late for the old is known."""
+
+    replica: Replica
+    key: str
+    """The sequence's name in step messages to the replica; another one for every lease."""
+
+    output: OutputFunction | None = None
+    """Of a replica whose rows are hidden states."""
+
+
 @dataclass(slots=True, eq=False)
 class Voice:
     """One model's part in a sequence: what it has been sent, and its row for the next token."""
@@ -51,7 +75,9 @@ class Voice:
     weight: float
     """Of a guide; the base's is 1."""
 
-    replica: Replica
+    seat: Seat | None
+    """None while it waits for a replica."""
+
     tokens: list[int]
     """The prompt in this model's tokens, and the output so far."""
 
@@ -62,10 +88,7 @@ class Voice:
     """Whether a step of this voice is on its way."""
 
     row: Tensor | None = None
-    """The replica's row for the next token, once it holds all tokens: logits, or what `output` makes logits of."""
-
-    output: OutputFunction | None = None
-    """Of a replica whose rows are hidden states."""
+    """The replica's row for the next token, once it holds all tokens: logits, or what `Seat.output` makes logits of."""
 
     @property
     def num_pending(self) -> int:
@@ -77,13 +100,17 @@ class Voice:
         self.tokens.append(token)
         self.row = None
 
+    def leave(self) -> None:
+        """Give the seat up; on the next one all tokens are sent again."""
+        self.seat = None
+        self.num_sent = 0
+        self.in_flight = False
+        self.row = None
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class LiveSequence:
     """A request that is being answered."""
-
-    key: str
-    """Its name in step messages."""
 
     voices: Sequence[Voice]
     """The base's first, then the guides' in the order in which they are summed."""
@@ -92,6 +119,9 @@ class LiveSequence:
     max_tokens: int
     end_tokens: Collection[int]
     writer: TextWriter
+    on_loss: Callable[[Voice, TrimtabError], None] | None = None
+    """Finds a voice that has lost its replica another seat; without it the sequence fails."""
+
     output: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: BaseException | None = None
@@ -113,6 +143,31 @@ class LiveSequence:
     def can_draw(self) -> bool:
         """Whether every voice has given its row."""
         return self.is_live and all(voice.row is not None for voice in self.voices)
+
+    def resume(self, resume: Resume) -> None:
+        """Go on behind what the reader has. To be called before anything else.
+
+        Raises:
+            ReplicaLost: these tokens are not that text with this base.
+        """
+        for token in resume.token_ids:
+            self.commit(token)
+        self.write()
+        text = "".join(self._text)
+        if len(text) < resume.num_chars:
+            raise ReplicaLost(f"base was changed by an update while it was writing: {SEND_AGAIN}")
+        self._text = [text[resume.num_chars :]] if len(text) > resume.num_chars else []
+        self._num_read = self._num_written
+
+    def lose(self, voice: Voice, error: TrimtabError) -> None:
+        """Note that a voice's replica does not hold it any more."""
+        if not self.is_live:
+            return
+        voice.leave()
+        if self.on_loss is None:
+            self.fail(ReplicaLost(f"{voice.name} was lost while it was writing: {error}"))
+        else:
+            self.on_loss(voice, error)
 
     def commit(self, token: int) -> None:
         """Append a drawn token everywhere; end at an end token or at the last that was asked for."""

@@ -21,7 +21,7 @@ from cluster.delivery.messages import (
     receive,
     watch_over,
 )
-from cluster.errors import InvalidConfiguration, ReplicaLost
+from cluster.errors import AnswerLost, InvalidConfiguration
 from cluster.tls import Tls
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Feed:
 
         Raises:
             Exception: what the receipt or `fail` gave, after the items before it.
-            ReplicaLost: items were lost on their way.
+            AnswerLost: items were lost on their way.
         """
         while not self._items:
             if self._error is not None:
@@ -66,7 +66,7 @@ class Feed:
         """Take an item that has come; all of them come over one connection."""
         if self.source not in (None, source):
             # Serve may have called a second writer because it lost sight of the first.
-            self.fail(ReplicaLost("two writers answered; ask again"))
+            self.fail(AnswerLost("two writers answered; ask again"))
             return
         self.source = source
         self._items.append(item)
@@ -80,7 +80,7 @@ class Feed:
         if not self._is_complete:
             missing = f"{receipt.num_items} pieces were sent and {{}} came within {MISSING_S:g} s"
             loop = asyncio.get_running_loop()
-            loop.call_later(MISSING_S, lambda: self.fail(ReplicaLost(missing.format(self._num_received))))
+            loop.call_later(MISSING_S, lambda: self.fail(AnswerLost(missing.format(self._num_received))))
 
     def fail(self, error: Exception) -> None:
         """End the feed after the items that are there, unless all are."""
@@ -194,4 +194,4 @@ class Inbox:
             writer.close()
             for feed in self._feeds.values():
                 if feed.source is writer:
-                    feed.fail(ReplicaLost(f"the connection that brought the answer is over: {cause}"))
+                    feed.fail(AnswerLost(f"the connection that brought the answer is over: {cause}"))

@@ -15,7 +15,7 @@ from cluster.delivery.messages import (
     receive,
     watch_over,
 )
-from cluster.errors import ReplicaLost
+from cluster.errors import AnswerLost
 from cluster.tls import Tls
 
 CONNECT_TIMEOUT_S = 10.0
@@ -32,7 +32,7 @@ class Outlet:
     """One connection to one inbox. Made by `connect`; lives on one event loop."""
 
     def __init__(self, address: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.lost: asyncio.Future[ReplicaLost] = asyncio.get_running_loop().create_future()
+        self.lost: asyncio.Future[AnswerLost] = asyncio.get_running_loop().create_future()
         """Has the cause as its result once the connection is over, `close` included."""
         self._address = address
         self._reader = reader
@@ -49,7 +49,7 @@ class Outlet:
 
         Raises:
             InvalidConfiguration: a file of `tls` cannot be used.
-            ReplicaLost: there is no inbox, it does not answer in time, or it refuses the connection.
+            AnswerLost: there is no inbox, it does not answer in time, or it refuses the connection.
         """
         address = f"{destination.host} port {destination.port}"
         writer: asyncio.StreamWriter | None = None
@@ -66,7 +66,7 @@ class Outlet:
             if writer is not None:
                 writer.close()
             cause = f"no answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
-            raise ReplicaLost(f"the gateway at {address} cannot be reached: {cause}") from error
+            raise AnswerLost(f"the gateway at {address} cannot be reached: {cause}") from error
         except BaseException:
             if writer is not None:
                 writer.close()
@@ -77,10 +77,10 @@ class Outlet:
         """Send an item for a feed, together with all that is put in the same turn of the event loop.
 
         Raises:
-            ReplicaLost: the connection is over.
+            AnswerLost: the connection is over.
         """
         if self.lost.done():
-            raise ReplicaLost(str(self.lost.result()))
+            raise AnswerLost(str(self.lost.result()))
         text = json.dumps((key, item))
         if not self._batch:
             # Those that the same event woke run before this does.
@@ -121,7 +121,7 @@ class Outlet:
 
     def _lose(self, cause: str) -> None:
         if not self.lost.done():
-            self.lost.set_result(ReplicaLost(f"the connection to the gateway at {self._address} is over: {cause}"))
+            self.lost.set_result(AnswerLost(f"the connection to the gateway at {self._address} is over: {cause}"))
             self._batch.clear()
             self._writer.close()
 
@@ -137,7 +137,7 @@ class Outlets:
         """Return the connection to a destination's inbox, opening it if need be.
 
         Raises:
-            ReplicaLost: the inbox cannot be reached.
+            AnswerLost: the inbox cannot be reached.
         """
         inbox = destination.host, destination.port, destination.token
         connection = self._connections.get(inbox)

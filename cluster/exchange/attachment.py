@@ -28,6 +28,9 @@ from cluster.exchange.messages import (
 from cluster.exchange.rows import DTYPE_NAMES, RowFormat, Traffic
 from cluster.exchange.segment import Layout, Segment, Slots, Unavailable
 
+STREAM_IS_OVER = (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError)
+"""What sending may raise then."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -188,7 +191,7 @@ class Attachment:
             result = step_pb2.Result(id=step_id, error=f"{type(error).__name__}: {error}")
             messages = iter([encode_reply(step_pb2.Reply(result=result))])
         self._busy_slots.discard(slot)
-        with contextlib.suppress(grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):  # the stream is over
+        with contextlib.suppress(*STREAM_IS_OVER):
             for message in messages:
                 await self._send(message)
 

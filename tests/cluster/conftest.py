@@ -14,6 +14,7 @@ import ray
 import yaml
 from openai import OpenAI
 from ray import serve
+from ray.util.state import list_actors
 
 START_TIMEOUT_S = 240
 BIN = Path(sys.executable).parent
@@ -95,6 +96,17 @@ def cluster() -> Iterator[Service]:
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def process_of(deployment: str) -> int:
+    """The process of a deployment's only replica."""
+    (actor,) = [
+        actor
+        for actor in list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")], detail=True)
+        if f"#{deployment}#" in (actor.name or "")
+    ]
+    assert actor.pid is not None
+    return int(actor.pid)
 
 
 StartDeploy = Callable[[dict[str, Any]], Service]

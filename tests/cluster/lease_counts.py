@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.coordinator.replicas import model_handle
+from actors.coordinator.presence import model_handle
 from actors.leases import LeaseRequest
 from actors.prompts import Prompt
 

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import requests
 from ray import serve
-from ray.util.state import list_actors
 
 from cluster.errors import InvalidRequest, ReplicaLost, UnknownModel
 from deploy.client import AsyncClient, Client
 from tests import tiny
-from tests.cluster.conftest import Deploy, Service, model_args, service_config
+from tests.cluster.conftest import Deploy, Service, model_args, process_of, service_config
 
 ROOM = 4
 """Sequences that the base and the guide can hold at once."""
@@ -37,16 +35,6 @@ def service(deploy: Deploy, tmp_path_factory: pytest.TempPathFactory) -> Service
 
 
 ENDLESS: dict[str, Any] = {"prompt": "hello", "max_tokens": 19_000, "temperature": 0.0, "weights": {"kind": 1.0}}
-
-
-def process_of(deployment: str) -> int:
-    (actor,) = [
-        actor
-        for actor in list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")], detail=True)
-        if f"#{deployment}#" in (actor.name or "")
-    ]
-    assert actor.pid is not None
-    return int(actor.pid)
 
 
 def eventually(is_true: Callable[[], bool], timeout_s: float = 120) -> None:
@@ -115,44 +103,18 @@ def test_callers_that_leave_free_their_room() -> None:
     assert len(client.generate(prompt="hello", max_tokens=3, temperature=0)["token_ids"]) == 3
 
 
-@pytest.mark.parametrize("deployment", ["BaseModel", "Guide"])
-def test_a_lost_model_fails_its_streams_and_is_replaced(deployment: str) -> None:
-    client = Client()
-    expected = client.generate(**{**ENDLESS, "max_tokens": 5})
-    stream = client.stream(**ENDLESS)
-    next(stream)
-    os.kill(process_of(deployment), signal.SIGKILL)
-    with pytest.raises(ReplicaLost, match="was lost while it was writing"):
-        for _ in stream:
-            pass
-
-    def answers() -> bool:
-        try:
-            return client.generate(**{**ENDLESS, "max_tokens": 5})["token_ids"] == expected["token_ids"]
-        except ReplicaLost:
-            return False
-
-    eventually(answers)
-
-
 def test_a_killed_coordinator_leaves_no_lease_behind() -> None:
     client = Client()
     streams = [client.stream(**ENDLESS) for _ in range(ROOM)]
     for stream in streams:
         next(stream)
     os.kill(process_of("Coordinator"), signal.SIGKILL)
+    # Every place was taken: they go on, so the places were given back.
     for stream in streams:
-        with pytest.raises(ReplicaLost, match="the coordinator was lost"):
-            list(stream)
-
-    def answers() -> bool:
-        try:
-            return len(client.generate(**{**ENDLESS, "max_tokens": 3})["token_ids"]) == 3
-        except ReplicaLost:
-            return False
-
-    # Every place was taken: an answer means that the places were given back.
-    eventually(answers)
+        for _ in range(100):
+            next(stream)
+        stream.close()  # type: ignore[attr-defined]
+    eventually(room_is_free)
 
 
 def events(answer: requests.Response) -> Iterator[dict[str, Any]]:
@@ -179,17 +141,6 @@ def room_is_free() -> bool:
         return len(Client().generate(**{**ENDLESS, "max_tokens": 3})["token_ids"]) == 3
     except ReplicaLost:
         return False
-
-
-def test_a_killed_coordinator_ends_http_streams_with_an_error(service: Service) -> None:
-    with ExitStack() as stack:
-        streams = open_streams(service, stack)
-        os.kill(process_of("Coordinator"), signal.SIGKILL)
-        for stream in streams:
-            *_, last = stream
-            assert last["error"]["type"] == "server_error"
-            assert "lost" in last["error"]["message"] or "connection" in last["error"]["message"]
-    eventually(room_is_free)
 
 
 def test_a_killed_gateway_frees_what_it_was_reading(service: Service) -> None:

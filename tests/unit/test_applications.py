@@ -7,8 +7,16 @@ from ray import serve
 
 from actors.base_model import BaseModel
 from actors.router import LeaseRouter
-from actors.settings import BaseModelSettings
-from deploy.applications import model_options
+from actors.settings import BaseModelSettings, CoordinatorSettings, Health, Limits
+from deploy.applications import model_options, trimtab
+
+HEALTH = Health(period_s=0.5, timeout_s=1.5)
+EXPECTED = {
+    "health_check_period_s": 0.5,
+    "health_check_timeout_s": 1.5,
+    "graceful_shutdown_timeout_s": 7,
+    "graceful_shutdown_wait_loop_s": 0.5,
+}
 
 
 def options(*, tensor_parallel: int = 1, **resources: Any) -> dict[str, Any]:
@@ -65,3 +73,16 @@ def test_labels_place_the_ranks_and_not_the_replica_in_their_group() -> None:
     assert made["placement_group_bundle_label_selector"] == [{"pool": "base"}] * 2
     assert "label_selector" not in made["ray_actor_options"]
     serve.deployment(BaseModel, **made)
+
+
+def test_a_models_health_checks_and_drain_time_are_its_settings() -> None:
+    made = model_options(BaseModelSettings(model="hub/model", health=HEALTH, drain_s=7))
+    assert {name: made[name] for name in EXPECTED} == EXPECTED
+
+
+@pytest.mark.parametrize("name", ["Gateway", "Coordinator"])
+def test_so_are_those_of_gateway_and_coordinator(name: str) -> None:
+    gateway = trimtab(CoordinatorSettings(health=HEALTH, limits=Limits(drain_s=7)))._bound_deployment
+    coordinator = gateway.init_args[0]._bound_deployment
+    config = {deployment.name: deployment._deployment_config for deployment in (gateway, coordinator)}[name]
+    assert {name: getattr(config, name) for name in EXPECTED} == EXPECTED

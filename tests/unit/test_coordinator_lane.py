@@ -10,7 +10,7 @@ import torch
 
 from actors.coordinator.lane import Lane
 from actors.coordinator.plan import plan_step
-from actors.coordinator.sequence import LiveSequence, Piece, Voice
+from actors.coordinator.sequence import LiveSequence, Piece, Seat, Voice
 from actors.coordinator.text import TextWriter
 from actors.engine import Engine, RowKind
 from actors.engine import Work as EngineWork
@@ -96,19 +96,23 @@ def sequence(
 ) -> LiveSequence:
     fast = tiny.tokenizer(80)
     tokens = fast(prompt).input_ids
-    voices = [Voice("base", 1.0, base, list(tokens))]
+    voices = [Voice("base", 1.0, Seat(base, key), list(tokens))]
     voices += [
-        Voice(f"guide {i}", weight, guide, list(tokens), output=guide.engine.output)
+        Voice(f"guide {i}", weight, Seat(guide, key, guide.engine.output), list(tokens))
         for i, (guide, weight) in enumerate(guides)
     ]
     return LiveSequence(
-        key=key,
         voices=voices,
         sampling=Sampling(**sampling),
         max_tokens=max_tokens,
         end_tokens={0},
         writer=TextWriter(fast.backend_tokenizer, tokens),
     )
+
+
+def key_of(live: LiveSequence) -> str:
+    assert live.voices[0].seat is not None
+    return live.voices[0].seat.key
 
 
 async def read_all(live: LiveSequence) -> list[int]:
@@ -123,7 +127,7 @@ async def read_all(live: LiveSequence) -> list[int]:
 def expected(live: LiveSequence) -> oracle.ReferenceText:
     prompts = [voice.tokens[: len(voice.tokens) - len(live.output)] for voice in live.voices]
     voices = [
-        oracle.Voice(model=voice.replica.model, prompt=prompt, weight=voice.weight)  # type: ignore[attr-defined]
+        oracle.Voice(model=voice.seat.replica.model, prompt=prompt, weight=voice.weight)  # type: ignore[union-attr]
         for voice, prompt in zip(live.voices, prompts, strict=True)
     ]
     return oracle.generate(
@@ -144,7 +148,7 @@ async def test_tokens_are_the_references_whatever_shares_the_lane(base: LocalRep
         lane.add(live)
     comparison = Comparison()
     for live in sequences:
-        comparison.add(live.key, await read_all(live), expected(live))
+        comparison.add(key_of(live), await read_all(live), expected(live))
     comparison.finish()
     assert lane.num_sequences == 0
 
@@ -165,7 +169,7 @@ async def test_guides_that_send_hidden_states_guide_as_others_do(base: LocalRepl
         lane.add(live)
     comparison = Comparison()
     for live in (sequences[0], sequences[2], sequences[3]):
-        comparison.add(live.key, await read_all(live), expected(live))
+        comparison.add(key_of(live), await read_all(live), expected(live))
     assert sequences[1].output == []
     kind.gate.set()
     comparison.add("b", await read_all(sequences[1]), expected(sequences[1]))
@@ -245,11 +249,54 @@ async def test_a_lost_guide_fails_its_own_after_what_was_written(base: LocalRepl
     lane.add(guided)
     lane.add(free)
     first = await asyncio.wait_for(guided.read(), 60)
+    undisturbed = expected(guided).tokens
     kind.is_lost = True
     with pytest.raises(ReplicaLost, match="guide 0 was lost while it was writing: it is gone"):
         await read_all(guided)
-    assert first["token_ids"] == expected(guided).tokens[: len(first["token_ids"])]
+    assert first["token_ids"] == undisturbed[: len(first["token_ids"])]
     assert await read_all(free) == expected(free).tokens
+
+
+async def test_what_comes_late_for_a_seat_that_was_left_is_dropped(base: LocalReplica, kind: LocalReplica) -> None:
+    lane = Lane(LIMITS)
+    # Were its rows taken, the tokens would be others.
+    old = LocalReplica(TERSE)
+    old.gate.clear()
+    live, other = sequence("moves", base, [(old, 1.0)], seed=1), sequence("stays", base, [(old, 1.0)], seed=2)
+    for waiting in (live, other):
+        lane.add(waiting)
+    await asyncio.wait_for(old.called.wait(), 60)
+    voice = live.voices[1]
+    voice.leave()
+    kind.gate.clear()
+    voice.seat = Seat(kind, "moved")
+    lane.wake()
+    await asyncio.wait_for(kind.called.wait(), 60)
+    old.gate.set()
+    assert await read_all(other) == expected(other).tokens
+    assert voice.in_flight
+    assert live.output == []
+    kind.gate.set()
+    assert await read_all(live) == expected(live).tokens
+
+
+async def test_a_lane_that_its_sequences_have_left_holds_no_rows(base: LocalReplica, kind: LocalReplica) -> None:
+    lane = Lane(LIMITS)
+    live = sequence("leaves", base, [(kind, 1.0)], max_tokens=100, seed=1)
+    lane.add(live)
+    await asyncio.wait_for(live.read(), 60)
+    kind.gate.clear()
+    kind.called.clear()
+    await asyncio.wait_for(kind.called.wait(), 60)
+    for voice in live.voices:
+        voice.leave()
+    lane.release(live)
+    kind.gate.set()
+    other = sequence("other", base, [(kind, 1.0)], seed=2)
+    lane.add(other)
+    assert await read_all(other) == expected(other).tokens
+    assert not base.is_buffer_taken
+    assert not kind.is_buffer_taken
 
 
 async def test_a_refused_sequence_fails_alone(base: LocalReplica) -> None:
@@ -371,7 +418,7 @@ def test_decoding_sequences_share_a_message_and_prompts_have_their_own() -> None
         live.voices[0].num_sent = 30
         live.commit(5)
     messages = plan_step([one, decoding[0], two, decoding[1]])
-    assert [([part.sequence.key for part in message.parts], message.is_prompt) for message in messages] == [
+    assert [([part.seat.key for part in message.parts], message.is_prompt) for message in messages] == [
         (["3", "4"], False),
         (["1"], True),
         (["2"], True),

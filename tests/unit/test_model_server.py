@@ -212,7 +212,7 @@ async def test_a_step_that_hangs_makes_the_replica_unhealthy(
     async with leased(server, "c", "s") as lease, attached(lease, "c") as stream:
         await last_row(stream, "s", [5])
         server.check_health()
-        monkeypatch.setattr(model_server, "HANG_S", -1.0)
+        monkeypatch.setattr(server, "_hang_s", -1.0)
         running = asyncio.create_task(last_row(stream, "s", [5] * 20, 1))
         complaints = []
         while not running.done():
