@@ -73,7 +73,7 @@ class CompiledPass:
         self._num_threads = torch.get_num_threads()
         # Written, not merely promised: memory that is missing is missed now, not under load.
         self._keys = [torch.empty(num_blocks, num_key_heads, width, BLOCK_SIZE).zero_() for _ in layers]
-        self._values = [torch.empty(num_blocks, BLOCK_SIZE, num_key_heads, width).zero_() for _ in layers]
+        self._values = [torch.empty(num_blocks, num_key_heads, BLOCK_SIZE, width).zero_() for _ in layers]
         self._workspace = torch.empty(0)
         self._counters = np.zeros(4 + len(layers) * kernels.NUM_PHASES, np.int64)
         self._layers = np.zeros((len(layers), kernels.NUM_LAYER_FIELDS), np.int64)
@@ -137,7 +137,7 @@ class CompiledPass:
         for source, target, start, stop in copies:
             for keys, values in zip(self._keys, self._values, strict=True):
                 keys[target, :, :, start:stop] = keys[source, :, :, start:stop]
-                values[target, start:stop] = values[source, start:stop]
+                values[target, :, start:stop] = values[source, :, start:stop]
 
     def _make_room(self, num_rows: int) -> None:
         """Give each of a pass's intermediate results a place; the largest pass decides how much there is."""

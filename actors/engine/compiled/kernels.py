@@ -41,6 +41,9 @@ _NUM_VECTORS = 3
 _PREFETCHED = 32
 """So many inputs ahead weights are asked for."""
 
+_UNSEEN = np.float32(-1e30)
+"""The score of a position that a token does not see."""
+
 _NUM_SPINS = 20_000
 """So often a thread looks whether the others have come before it lets other processes have its core."""
 
@@ -91,7 +94,7 @@ _NUM_SPINS = 20_000
     QUERY_NORM,  # [D], or 0
     KEY_NORM,
     KEYS,  # [blocks, K, D, BLOCK_SIZE]
-    VALUES,  # [blocks, BLOCK_SIZE, K, D]
+    VALUES,  # [blocks, K, BLOCK_SIZE, D]
     WINDOW,  # positions that a token sees
     ATTENDED_PRODUCT,  # columns I
     INNER_NORM,
@@ -120,7 +123,46 @@ _FLOAT = ir.FloatType()
 _LONG = ir.IntType(64)
 _INT = ir.IntType(32)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
+_INTS = ir.VectorType(_INT, LANES)
 _LONG_ORDER = 8  # alignment of atomic numbers
+
+
+def _nothing() -> Any:
+    return cgutils.get_null_value(ir.IntType(8).as_pointer())
+
+
+def _load(builder: Any, address: Any) -> Any:
+    """The vector at an address."""
+    vector = builder.load(builder.inttoptr(address, _VECTOR.as_pointer()))
+    vector.align = 4
+    return vector
+
+
+def _store(builder: Any, vector: Any, address: Any) -> None:
+    builder.store(vector, builder.inttoptr(address, _VECTOR.as_pointer())).align = 4
+
+
+def _next(builder: Any, address: Any, index: Any) -> Any:
+    """The address of the vector so many places on."""
+    return builder.add(address, builder.mul(index, ir.Constant(_LONG, 4 * LANES)))
+
+
+def _fma(builder: Any) -> Any:
+    """The function a * b + c of vectors."""
+    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+    return cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+
+
+def _spread(builder: Any, number: Any) -> Any:
+    """A number in all lanes of a vector."""
+    undefined = ir.Constant(_VECTOR, ir.Undefined)
+    lane = builder.insert_element(undefined, number, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(lane, undefined, ir.Constant(_INTS, [0] * LANES))
+
+
+def _constant(number: float) -> Any:
+    """A number that is known beforehand, in all lanes of a vector."""
+    return ir.Constant(_VECTOR, [ir.Constant(_FLOAT, float(np.float32(number)))] * LANES)
 
 
 @intrinsic
@@ -178,7 +220,7 @@ def _rest(_context: Any, is_long: Any) -> Any:
                 if _IS_X86:
                     kind = ir.FunctionType(ir.VoidType(), [])
                     builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
-        return cgutils.get_null_value(ir.IntType(8).as_pointer())
+        return _nothing()
 
     return types.void(types.int64), build
 
@@ -216,9 +258,7 @@ def _tile(num_rows: int, num_vectors: int) -> Callable[..., None]:
                 arguments
             )
             byte = ir.IntType(8).as_pointer()
-            fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32"
-            )
+            fma = _fma(builder)
             prefetch = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT]), "llvm.prefetch.p0"
             )
@@ -226,44 +266,32 @@ def _tile(num_rows: int, num_vectors: int) -> Callable[..., None]:
             def at(address: Any, index: int, stride: Any) -> Any:
                 return builder.add(address, builder.mul(stride, ir.Constant(_LONG, index)))
 
-            def vector_at(address: Any) -> Any:
-                return builder.inttoptr(address, _VECTOR.as_pointer())
-
-            def load(address: Any) -> Any:
-                vector = builder.load(vector_at(address))
-                vector.align = 4
-                return vector
-
             width = ir.Constant(_LONG, 4 * LANES)
             places = [(row, vector) for row in range(num_rows) for vector in range(num_vectors)]
             sums = {place: cgutils.alloca_once(builder, _VECTOR) for place in places}
             for row, vector in places:
-                builder.store(load(at(at(start, row, start_stride), vector, width)), sums[row, vector])
+                builder.store(_load(builder, at(at(start, row, start_stride), vector, width)), sums[row, vector])
             rows = [at(x, row, x_stride) for row in range(num_rows)]
             panels = [at(weights, vector, vector_stride) for vector in range(num_vectors)]
             ahead = builder.mul(input_stride, ir.Constant(_LONG, _PREFETCHED))
-            undefined = ir.Constant(_VECTOR, ir.Undefined)
-            first_lane = ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES)
             with cgutils.for_range(builder, num_inputs) as loop:
                 column = builder.mul(loop.index, input_stride)
                 factors = []
                 for panel in panels:
                     address = builder.add(panel, column)
-                    factors.append(load(address))
+                    factors.append(_load(builder, address))
                     hint = [ir.Constant(_INT, number) for number in (0, 3, 1)]
                     builder.call(prefetch, [builder.inttoptr(builder.add(address, ahead), byte), *hint])
                 offset = builder.mul(loop.index, ir.Constant(_LONG, 4))
                 for row in range(num_rows):
                     number = builder.load(builder.inttoptr(builder.add(rows[row], offset), _FLOAT.as_pointer()))
-                    lane = builder.insert_element(undefined, number, ir.Constant(_INT, 0))
-                    spread = builder.shuffle_vector(lane, undefined, first_lane)
+                    spread = _spread(builder, number)
                     for vector, factor in enumerate(factors):
                         place = sums[row, vector]
                         builder.store(builder.call(fma, [spread, factor, builder.load(place)]), place)
             for row, vector in places:
-                address = at(at(out, row, out_stride), vector, width)
-                builder.store(builder.load(sums[row, vector]), vector_at(address)).align = 4
-            return cgutils.get_null_value(byte)
+                _store(builder, builder.load(sums[row, vector]), at(at(out, row, out_stride), vector, width))
+            return _nothing()
 
         return types.void(*[types.int64] * 10), build
 
@@ -397,21 +425,87 @@ def _wait(job: int, num_threads: int, num_waits: int) -> int:
     return num_waits
 
 
-@compiled
-def _exponential(x: Any) -> Any:
-    """e ** x for x <= 0, to an ulp or two; what is below the smallest normal number becomes about that."""
-    x = np.float32(-87.0) if x < np.float32(-87.0) else x
-    # 1.5 * 2**23: adding it rounds to a whole number.
-    n = (x * np.float32(1.4426950408889634) + np.float32(12582912.0)) - np.float32(12582912.0)
-    r = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    p = (p * r) * r + r + np.float32(1)
-    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+def _exponential(builder: Any, x: Any) -> Any:
+    """e ** x of a vector whose numbers are 0 or less, to an ulp or two; e ** -87 stands for what is less than that."""
+    fma = _fma(builder)
+    least = _constant(-87)
+    x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
+    # 1.5 * 2**23: adding it rounds to a whole number, which then lies in the lowest bits.
+    magic = _constant(12582912.0)
+    shifted = builder.call(fma, [x, _constant(1.4426950408889634), magic])
+    n = builder.fsub(shifted, magic)
+    r = builder.call(fma, [n, _constant(-0.693359375), x])
+    r = builder.call(fma, [n, _constant(2.12194440e-4), r])
+    # Cephes' polynomial for e ** r, between -ln(2) / 2 and ln(2) / 2.
+    p = _constant(1.9875691500e-4)
+    for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = builder.call(fma, [p, r, _constant(factor)])
+    p = builder.fadd(builder.call(fma, [builder.fmul(p, r), r, r]), _constant(1))
+    bits = builder.add(builder.bitcast(shifted, _INTS), ir.Constant(_INTS, [127] * LANES))
+    return builder.fmul(p, builder.bitcast(builder.shl(bits, ir.Constant(_INTS, [23] * LANES)), _VECTOR))
+
+
+@intrinsic
+def _largest(_context: Any, address: Any, num_vectors: Any) -> Any:
+    """The largest of some vectors' numbers; those that are no numbers are passed over."""
+
+    def build(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        address, num_vectors = arguments
+        best = cgutils.alloca_once_value(builder, _load(builder, address))
+        with cgutils.for_range(builder, num_vectors) as loop:
+            x = _load(builder, _next(builder, address, loop.index))
+            held = builder.load(best)
+            builder.store(builder.select(builder.fcmp_ordered(">", x, held), x, held), best)
+        lanes = [builder.extract_element(builder.load(best), ir.Constant(_INT, lane)) for lane in range(LANES)]
+        result = lanes[0]
+        for lane in lanes[1:]:
+            result = builder.select(builder.fcmp_ordered(">", lane, result), lane, result)
+        return result
+
+    return types.float32(types.int64, types.int64), build
+
+
+@intrinsic
+def _soften(_context: Any, address: Any, num_vectors: Any, best: Any, scale: Any) -> Any:
+    """Put e ** ((x - best) * scale) in the place of some vectors' numbers x; return their sum."""
+
+    def build(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        address, num_vectors, best, scale = arguments
+        best, scale = _spread(builder, best), _spread(builder, scale)
+        sums = cgutils.alloca_once_value(builder, _constant(0))
+        with cgutils.for_range(builder, num_vectors) as loop:
+            place = _next(builder, address, loop.index)
+            x = builder.fmul(builder.fsub(_load(builder, place), best), scale)
+            weights = _exponential(builder, x)
+            _store(builder, weights, place)
+            builder.store(builder.fadd(builder.load(sums), weights), sums)
+        lanes = [builder.extract_element(builder.load(sums), ir.Constant(_INT, lane)) for lane in range(LANES)]
+        total = lanes[0]
+        for lane in lanes[1:]:
+            total = builder.fadd(total, lane)
+        return total
+
+    return types.float32(types.int64, types.int64, types.float32, types.float32), build
+
+
+@intrinsic
+def _gate(_context: Any, gates: Any, passing: Any, out: Any, num_vectors: Any) -> Any:
+    """out = SiLU(gates) * passing (arXiv 2002.05202), for some vectors of each."""
+
+    def build(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        gates, passing, out, num_vectors = arguments
+        zero, one = _constant(0), _constant(1)
+        with cgutils.for_range(builder, num_vectors) as loop:
+            x = _load(builder, _next(builder, gates, loop.index))
+            is_positive = builder.fcmp_ordered(">", x, zero)
+            e = _exponential(builder, builder.select(is_positive, builder.fsub(zero, x), x))
+            # 1 / (1 + e^-x), without large exponentials.
+            share = builder.fdiv(builder.select(is_positive, one, e), builder.fadd(one, e))
+            passed = _load(builder, _next(builder, passing, loop.index))
+            _store(builder, builder.fmul(builder.fmul(x, share), passed), _next(builder, out, loop.index))
+        return _nothing()
+
+    return types.void(*[types.int64] * 4), build
 
 
 @compiled
@@ -461,11 +555,12 @@ def _place_heads(job: Table, layer: Table, token: int, epsilon: float) -> None:
     new = carray(_floats(row + 4 * num_heads * width), (2, num_key_heads * width))
     size = num_key_heads * width * BLOCK_SIZE
     keys = carray(_floats(layer[KEYS] + 4 * block * size), (num_key_heads * width, BLOCK_SIZE))
-    values = carray(_floats(layer[VALUES] + 4 * block * size), (BLOCK_SIZE, num_key_heads * width))
+    values = carray(_floats(layer[VALUES] + 4 * block * size), (num_key_heads, BLOCK_SIZE, width))
     for i in range(num_key_heads * width):
         keys[i, slot] = new[0, i]
-    for i in range(num_key_heads * width):
-        values[slot, i] = new[1, i]
+    for head in range(num_key_heads):
+        for i in range(width):
+            values[head, slot, i] = new[1, head * width + i]
 
 
 @compiled
@@ -481,33 +576,37 @@ def _attend(job: Table, layer: Table, item: int, scores: int, scale: float) -> N
     queries = job[HEADS] + 4 * (token * (num_heads + 2 * num_key_heads) + head * num_queries) * width
     score_stride = 4 * job[MAX_CONTEXT]
     size = 4 * num_key_heads * width * BLOCK_SIZE
-    for b in range(first_block, num_blocks):
+    b = first_block
+    while b < num_blocks:
+        # Blocks that lie at even distances are columns of one product.
+        step = (blocks[b + 1] - blocks[b]) * size if b + 1 < num_blocks else 0
+        is_even = LANES == BLOCK_SIZE and b + 2 < num_blocks and (blocks[b + 2] - blocks[b + 1]) * size == step
         _multiply(
             num_queries, queries, 4 * width,
-            layer[KEYS] + blocks[b] * size + 4 * head * width * BLOCK_SIZE, 4 * BLOCK_SIZE, 4 * LANES, width,
-            job[ZEROS], 0, scores + 4 * b * BLOCK_SIZE, score_stride, BLOCK_SIZE // LANES,
+            layer[KEYS] + blocks[b] * size + 4 * head * width * BLOCK_SIZE, 4 * BLOCK_SIZE,
+            step if is_even else 4 * LANES, width, job[ZEROS], 0, scores + 4 * b * BLOCK_SIZE, score_stride,
+            _NUM_VECTORS if is_even else BLOCK_SIZE // LANES,
         )  # fmt: skip
+        b += _NUM_VECTORS if is_even else 1
     out = job[ATTENDED] + 4 * (token * num_heads + head * num_queries) * width
     start, start_stride = job[ZEROS], 0
     totals = np.empty(num_queries, np.float32)
+    begin, end = first_block * BLOCK_SIZE, num_blocks * BLOCK_SIZE
     for query in range(num_queries):
-        row = carray(_floats(scores + query * score_stride), length)
-        best = row[first]
-        for i in range(first, length):
-            best = max(best, row[i])
-        for i in range(first, length):
-            row[i] = _exponential((row[i] - best) * scale)
-        total = np.float32(0)
-        for i in range(first, length):
-            total += row[i]
-        totals[query] = total
+        address = scores + query * score_stride
+        row = carray(_floats(address), end)
+        row[begin:first] = _UNSEEN
+        row[length:] = _UNSEEN
+        num_vectors = (end - begin) // LANES
+        best = _largest(address + 4 * begin, num_vectors)
+        totals[query] = _soften(address + 4 * begin, num_vectors, best, scale)
     for b in range(first_block, num_blocks):
         begin = max(first, b * BLOCK_SIZE)
         end = min(length, (b + 1) * BLOCK_SIZE)
-        place = 4 * ((begin % BLOCK_SIZE) * num_key_heads + head) * width
+        place = 4 * (head * BLOCK_SIZE + begin % BLOCK_SIZE) * width
         _multiply(
             num_queries, scores + 4 * begin, score_stride,
-            layer[VALUES] + blocks[b] * size + place, 4 * num_key_heads * width, 4 * LANES, end - begin,
+            layer[VALUES] + blocks[b] * size + place, 4 * width, 4 * LANES, end - begin,
             start, start_stride, out, 4 * width, width // LANES,
         )  # fmt: skip
         start, start_stride = out, 4 * width
@@ -515,20 +614,6 @@ def _attend(job: Table, layer: Table, item: int, scores: int, scale: float) -> N
         attended = carray(_floats(out + 4 * query * width), width)
         for i in range(width):
             attended[i] /= totals[query]
-
-
-@compiled
-def _gate(source: int, target: int, width: int) -> None:
-    """SiLU(gates) * what passes them (arXiv 2002.05202), of one row."""
-    gates = carray(_floats(source), width)
-    passing = carray(_floats(source + 4 * width), width)
-    out = carray(_floats(target), width)
-    for i in range(width):
-        g = gates[i]
-        e = _exponential(-g if g > 0 else g)
-        # 1 / (1 + e^-g), without large exponentials.
-        share = (np.float32(1) if g > 0 else e) / (np.float32(1) + e)
-        out[i] = g * share * passing[i]
 
 
 @compiled
@@ -603,7 +688,9 @@ def _run(address: int) -> None:
         num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
         i = _add_one(counter)
         while i < n:
-            _gate(job[INNER] + 8 * i * inner, job[GATED] + 4 * i * inner, inner)
+            _gate(
+                job[INNER] + 8 * i * inner, job[INNER] + (8 * i + 4) * inner, job[GATED] + 4 * i * inner, inner // LANES
+            )
             i = _add_one(counter)
         num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
         _multiply_panels(
