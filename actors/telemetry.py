@@ -4,7 +4,7 @@ Everything is counted as plain numbers where it happens and brought to Ray when 
 that no step waits for a metric. Ray adds tags with the application, deployment and replica.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableSequence
 from typing import Any, Literal
 
 from ray.serve import metrics
@@ -57,8 +57,8 @@ class Telemetry:
         """Say how much there is now."""
         self._metric(name).set(value, tags={})
 
-    def durations(self, name: str, seconds: list[float]) -> None:
-        """Add durations, and empty the list of them."""
+    def durations(self, name: str, seconds: MutableSequence[float]) -> None:
+        """Add durations, and empty the sequence of them."""
         for duration in seconds:
             self._metric(name).observe(duration, tags={})
         seconds.clear()

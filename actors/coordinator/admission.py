@@ -151,7 +151,8 @@ class Admission:
     def __init__(self, max_open: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_open = max_open
         self._clock = clock
-        self._num_open = 0
+        self.num_open = 0
+        """Requests that are open, those that wait included."""
         self._accounts: dict[str, Account] = {}
         self._queues: dict[frozenset[str], FairQueue] = {}
 
@@ -162,8 +163,8 @@ class Admission:
         Raises:
             Overloaded: too many are open, of all or of this caller, or the caller has used up its tokens.
         """
-        if self._num_open >= self._max_open:
-            raise Overloaded(f"{self._num_open} requests are open or waiting, which is the limit; try again later")
+        if self.num_open >= self._max_open:
+            raise Overloaded(f"{self.num_open} requests are open or waiting, which is the limit; try again later")
         account = self._account(caller)
         if caller.max_sequences is not None and account.num_open >= caller.max_sequences:
             raise Overloaded(
@@ -177,12 +178,12 @@ class Admission:
                 f"try again in {wait_s:.0f} s",
                 wait_s,
             )
-        self._num_open += 1
+        self.num_open += 1
         account.num_open += 1
         try:
             yield Ticket(account)
         finally:
-            self._num_open -= 1
+            self.num_open -= 1
             account.num_open -= 1
 
     def _account(self, caller: Caller) -> Account:

@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from actors.coordinator.admission import UNNAMED, Admission, Caller
+from actors.coordinator.figures import Figures
 from actors.coordinator.lane import Lane
 from actors.coordinator.presence import Presence
 from actors.coordinator.refusals import log_refusals_briefly
@@ -21,6 +22,7 @@ from actors.coordinator.text import TextWriter
 from actors.guidance.drawing import warm_up
 from actors.leases import BaseDescription, Lease
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
+from actors.telemetry import Telemetry
 from cluster.delivery import Destination, Outlets, Receipt
 from cluster.errors import DeadlineExceeded, InvalidConfiguration, InvalidRequest, TrimtabError
 from cluster.exchange import StepStream
@@ -50,6 +52,16 @@ class Coordinator:
         self._lanes: dict[StepStream, Lane] = {}
         self._admission = Admission(settings.limits.max_open_requests)
         self._bases: dict[str, tuple[BaseDescription, Tokenizer]] = {}
+        self._figures = Figures()
+        self._telemetry = Telemetry()
+
+    def check_health(self) -> None:
+        """Bring the coordinator's figures to Ray, when Serve asks for its health."""
+        num_live = sum(lane.num_sequences for lane in self._lanes.values())
+        self._telemetry.level("open_requests", self._admission.num_open)
+        self._telemetry.level("live_sequences", num_live)
+        self._telemetry.level("waiting_requests", max(0, self._admission.num_open - num_live))
+        self._figures.report(self._telemetry)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take new guides and profiles; sequences that are running end as they began.
@@ -84,6 +96,15 @@ class Coordinator:
             DeadlineExceeded: the answer was not finished in time.
             ReplicaLost: a model that it needs could not be had in time, or is not the one that it began with.
         """
+        with self._figures.request() as figures:
+            async with aclosing(self._answer(resume, caller, fields)) as pieces:
+                async for piece in pieces:
+                    figures.take(piece)
+                    yield piece
+
+    async def _answer(
+        self, resume: Resume | None, caller: Caller, fields: Mapping[str, Any]
+    ) -> AsyncGenerator[Piece, None]:
         request = parse_request(self._guidance, fields, self._limits.deadline_s)
         deadline = asyncio.get_running_loop().time() + request.timeout_s
         tenancy = self._tenancy(request)
@@ -133,6 +154,7 @@ class Coordinator:
             lease=lease,
             is_there=self._presence.is_there,
             waits_for_guides=self._limits.on_guide_loss == "wait",
+            replays=self._figures.replays,
         )
 
     async def _begin(self, request: Generation, resume: Resume | None, tenancy: Tenancy) -> LiveSequence:
@@ -162,7 +184,7 @@ class Coordinator:
     def _lane(self, base: StepStream) -> Lane:
         lane = self._lanes.get(base)
         if lane is None:
-            lane = self._lanes[base] = Lane(self._limits)
+            lane = self._lanes[base] = Lane(self._limits, self._figures)
             base.lost.add_done_callback(lambda _: self._lanes.pop(base, None))
         return lane
 

@@ -2,8 +2,11 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
+from itertools import pairwise
 
+from actors.coordinator.figures import Figures
 from actors.coordinator.outputs import logits_by_voice
 from actors.coordinator.plan import Message, Part, plan_step
 from actors.coordinator.sequence import LiveSequence
@@ -14,6 +17,9 @@ from cluster.exchange import Failure, Rows
 
 PATIENCE_S = 0.25
 """How much longer than twice the step's first answer a replica may take before its sequences are left behind."""
+
+PARTS = ("plan", "models", "merge_and_draw", "commit")
+"""Of a step, in their order, as figures name them; text is made while the models compute."""
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +32,9 @@ class Lane:
     A sequence that a replica has lost hears of it (`LiveSequence.lose`), and is left out until its voice has another.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, figures: Figures | None = None) -> None:
         self._limits = limits
+        self._figures = Figures() if figures is None else figures
         self._sequences: list[LiveSequence] = []
         self._unwritten: list[LiveSequence] = []
         self._flights: set[asyncio.Task[None]] = set()
@@ -78,17 +85,26 @@ class Lane:
 
     async def _step(self) -> None:
         self._arrival.clear()
+        times_s = [time.perf_counter()]
         flights = self._scatter(plan_step(self._sequences))
+        times_s.append(time.perf_counter())
         # Two turns of the event loop: into the streams' queues, and out of them.
         for _ in range(2):
             await asyncio.sleep(0)
         self._write()
         await self._gather(flights)
+        times_s.append(time.perf_counter())
         ready = [sequence for sequence in self._sequences if sequence.can_draw]
         if ready:
             tokens = await asyncio.to_thread(merge_and_draw, ready)
+            times_s.append(time.perf_counter())
             self._commit(ready, tokens)
         self._release_rows()
+        if ready:
+            times_s.append(time.perf_counter())
+            self._figures.num_steps += 1
+            for part, (begin_s, end_s) in zip(PARTS, pairwise(times_s), strict=True):
+                self._figures.step_s[part] += end_s - begin_s
 
     def _scatter(self, messages: Sequence[Message]) -> set[asyncio.Task[None]]:
         """Send every replica its part; all of them run at once. Returns the flights that the step waits for."""

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from actors.coordinator.lane import Lane
@@ -46,6 +47,7 @@ class Tenancy:
         lease: Callable[[str], Awaitable[Place]],
         is_there: Callable[[str], Awaitable[bool]],
         waits_for_guides: bool = True,
+        replays: Counter[str] | None = None,
     ) -> None:
         """Describe what is needed; `begin` takes it.
 
@@ -54,12 +56,15 @@ class Tenancy:
             lease: takes a place on a model; raises `ReplicaLost` if that may work later.
             is_there: whether a replica of a model runs, free or not.
             waits_for_guides: or fails, when one is lost or not there.
+            replays: counts the losses, by model, after which the sequence went on.
         """
         self.places: dict[str, Place] = {}
         self._names = names
         self._lease = lease
         self._is_there = is_there
         self._waits_for_guides = waits_for_guides
+        self._replays = Counter() if replays is None else replays
+        self._lost: list[str] = []
         self._wanted: str | None = None
         self._complaint = "all its replicas are busy, or none is running"
         self._origins: Mapping[str, Lease] = {}
@@ -175,6 +180,7 @@ class Tenancy:
         assert self._sequence is not None
         logger.warning("a sequence has lost its place on %s: %s", _title(voice.name), error)
         self._complaint = str(error)
+        self._lost.append(voice.name)
         if (place := self.places.pop(voice.name, None)) is not None:
             place.end()
         if voice.name != NO_GUIDANCE and not self._waits_for_guides:
@@ -192,6 +198,8 @@ class Tenancy:
                     self._give_back()
                     await self.begin()
             self._seat(sequence)
+            self._replays.update(self._lost)
+            self._lost.clear()
         except Exception as error:
             if not isinstance(error, TrimtabError):
                 logger.exception("a sequence could not be moved")

@@ -1,6 +1,7 @@
 """The HTTP API as OpenAI's own client and curl use it."""
 
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import openai
 import pytest
+import ray
 import requests
 from openai import OpenAI
 
@@ -49,6 +51,31 @@ def test_profiles_are_models(client: OpenAI) -> None:
 def test_health_is_ready(service: Service) -> None:
     answer = requests.get(f"{service.url}/health", timeout=60)
     assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+
+
+def test_prometheus_finds_the_figures_of_every_part(service: Service, client: OpenAI) -> None:
+    client.completions.create(**{**PLAIN, "model": "kinder"})
+    (node,) = ray.nodes()
+    url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    wanted = {
+        *((name, "Coordinator") for name in ("requests_total", "output_tokens_total", "first_token_seconds_count")),
+        *((name, "Coordinator") for name in ("live_sequences", "steps_total", "step_seconds_total")),
+        *(("passes_total", name) for name in ("BaseModel", "Guide")),
+        *(("cache_use", name) for name in ("BaseModel", "Guide")),
+    }
+    deadline = time.monotonic() + 120
+    # Replicas report when Serve asks for their health, and Ray collects every few seconds.
+    while True:
+        lines = requests.get(url, timeout=30).text.splitlines()
+        found = {
+            (name, deployment)
+            for name, deployment in wanted
+            if any(line.startswith(f"ray_trimtab_{name}{{") and f'deployment="{deployment}"' in line for line in lines)
+        }
+        if found == wanted:
+            return
+        assert time.monotonic() < deadline, wanted - found
+        time.sleep(1)
 
 
 def test_a_completion_has_its_parts(client: OpenAI) -> None:
