@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.types import ObjectRef
+from torch import Tensor
 
 from actors.engine import Engine, RowKind, Schedule, Task, gather_rows
 from actors.guidance.output import OutputFunction
@@ -279,7 +280,7 @@ class ModelServer:
         if self.schedule.has_tasks:
             start = time.perf_counter()
             with self._turns.take() if self._turns else nullcontext():
-                done = self.schedule.run()
+                done = self.schedule.run(self._room())
             self._num_passes += 1
             self._pass_s += time.perf_counter() - start
             for task in done:
@@ -292,6 +293,11 @@ class ModelServer:
         return [
             (message, StepRows(gather_rows(message.tasks, self.engine), message.failures)) for message in answerable
         ]
+
+    def _room(self) -> Tensor | None:
+        """Where the next pass may write its rows: to the only message's memory, if there is one with any."""
+        messages = set(self._messages.values())
+        return messages.pop().step.room if len(messages) == 1 else None
 
     def _give_up(self, arrived: Sequence[_Message]) -> list[_Message]:
         """Drop all work, and return the messages that it was for."""

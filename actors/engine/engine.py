@@ -209,8 +209,12 @@ class Engine:
         return True
 
     @torch.inference_mode()
-    def step(self, work: Sequence[Work]) -> Tensor:
+    def step(self, work: Sequence[Work], room: Tensor | None = None) -> Tensor:
         """Append tokens to sequences in one forward pass.
+
+        Args:
+            work: what each sequence does.
+            room: memory for the rows; what is returned lies there if it fits and the pass can write there.
 
         Returns:
             Next-token logits [R, V] in the model's dtype, on its device: rows in the order of the work, then of
@@ -229,7 +233,7 @@ class Engine:
         if not work:
             return torch.empty(0, self.row_width, dtype=self.dtype, device=self._device)
         self._reserve_all(work)
-        rows = self._forward_pass.run([self._place(item) for item in work]).to(self.dtype)
+        rows = self._forward_pass.run([self._place(item) for item in work], room).to(self.dtype)
         for item in work:
             self._pool.commit(self._tables[item.sequence], item.tokens)
             self.counters.num_computed_tokens += len(item.tokens)

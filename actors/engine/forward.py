@@ -23,8 +23,12 @@ from actors.engine.sharding import unwrap_slices
 class ForwardPass(Protocol):
     """A model and its cache, as an engine uses them."""
 
-    def run(self, work: Sequence[PlacedWork]) -> Tensor:
+    def run(self, work: Sequence[PlacedWork], room: Tensor | None = None) -> Tensor:
         """Append tokens to sequences, each of them at most once.
+
+        Args:
+            work: what each sequence does.
+            room: memory for the rows, which a pass that can write there returns.
 
         Returns:
             Next-token logits [R, V], or the last hidden states [R, D]: rows in the order of the work, then of each
@@ -73,7 +77,7 @@ class TransformersPass:
         self._gives_hidden_states = gives_hidden_states
         self._caches = {module: LayerCache.allocate(layer, num_blocks * BLOCK_SIZE) for module, layer in layers.items()}
 
-    def run(self, work: Sequence[PlacedWork]) -> Tensor:
+    def run(self, work: Sequence[PlacedWork], room: Tensor | None = None) -> Tensor:
         """Append tokens and return the asked rows; see `ForwardPass`."""
         plan = StepPlan(work, self._caches, self._model.device)
         inputs = {"input_ids": plan.tokens_N[None], "position_ids": plan.positions_N[None], "use_cache": False}

@@ -122,15 +122,18 @@ class Schedule:
         self._engine.truncate(task.sequence, task.length)
         self._tasks[task.sequence] = task
 
-    def run(self) -> list[Task]:
+    def run(self, room: Tensor | None = None) -> list[Task]:
         """Run one forward pass.
+
+        Args:
+            room: memory for the rows, if all tasks together want as many as fit there exactly.
 
         Returns:
             The tasks that are done now, and those that were preempted.
         """
         work = self._plan()
         starts = [self._engine.length(item.sequence) for item in work]
-        rows_RW = self._engine.step(work)
+        rows_RW = self._engine.step(work, room)
         done, self._preempted = self._preempted, []
         index = 0
         for item, start in zip(work, starts, strict=True):

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,8 @@ class Attachment:
 
     async def _answer(self, step_id: int, slot: int, step: Step) -> None:
         """Do a step and send its result."""
+        if self._slots is not None and slot != NO_SLOT and (count := num_rows(step.work)):
+            step = replace(step, room=self._slots.rows(slot, count))
         try:
             messages = self._messages(step_id, slot, step, await self._handler.step(self.coordinator, step))
         except Exception as error:
@@ -208,7 +210,8 @@ class Attachment:
         result = step_pb2.Result(id=step_id, num_rows=expected, failures=encode_failures(outcome.failures))
         if self._slots is not None and slot != NO_SLOT and expected > 0:
             result.in_slot = True
-            self._slots.write(slot, row_format.encode(rows_RW))
+            if step.room is None or rows_RW.data_ptr() != step.room.data_ptr():
+                self._slots.write(slot, row_format.encode(rows_RW))
         self._traffic.count(expected * row_format.row_bytes, in_slot=result.in_slot)
         reply = step_pb2.Reply(result=result)
         return iter([encode_reply(reply)]) if result.in_slot else encode_rows(reply, row_format.encode(rows_RW))

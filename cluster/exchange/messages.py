@@ -4,7 +4,7 @@ What arrives from the other end is checked here: a message that cannot be meant 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from google.protobuf.message import DecodeError
@@ -43,6 +43,9 @@ class Step:
     """What a coordinator asks of a replica at once."""
 
     work: tuple[Work, ...]
+    room: Tensor | None = field(default=None, compare=False, repr=False)
+    """On the replica's side, the shared memory [R, W] from which the rows will be read: a handler may write them there
+    and return it, or any tensor of its own, which is then copied."""
 
 
 @dataclass(frozen=True, slots=True)

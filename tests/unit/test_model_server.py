@@ -15,7 +15,7 @@ from actors.model_server import ModelServer
 from actors.prompts import Prompt, PromptEncoder
 from actors.ranks import Ranks
 from cluster.errors import ReplicaLost, TrimtabError
-from cluster.exchange import StepStream, Work
+from cluster.exchange import Step, StepStream, Work
 from tests import tiny
 
 TIMEOUT_S = 60.0
@@ -115,6 +115,34 @@ async def test_work_that_the_engine_refuses_spoils_no_other(server: ModelServer)
             assert torch.allclose(rows.tensor[0], logits([3]), atol=1e-4)
 
 
+async def test_rows_are_computed_where_they_will_be_read(server: ModelServer) -> None:
+    room = torch.empty(2, 80)
+    async with leased(server, "c", "a"), leased(server, "c", "b"):
+        step = Step((Work("a", 0, (3, 4), (1,)), Work("b", 0, (5,), (0,))), room)
+        rows = await server.step("c", step)
+    assert rows.tensor.data_ptr() == room.data_ptr()
+    torch.testing.assert_close(room, torch.stack([logits([3, 4]), logits([5])]), atol=1e-4, rtol=0)
+
+
+async def test_what_does_not_fill_the_room_has_memory_of_its_own(server: ModelServer) -> None:
+    room = torch.zeros(2, 80)
+    async with leased(server, "c", "a"):
+        step = Step((Work("a", 0, (3, 4), (1,)), Work("stranger", 0, (5,), (0,))), room)
+        rows = await server.step("c", step)
+    assert [failure.sequence for failure in rows.failures] == ["stranger"]
+    torch.testing.assert_close(rows.tensor, logits([3, 4])[None], atol=1e-4, rtol=0)
+    assert not room.any()
+
+
+async def test_coordinators_that_share_a_pass_do_not_share_memory(server: ModelServer) -> None:
+    rooms = torch.empty(1, 80), torch.empty(1, 80)
+    async with leased(server, "c", "s"), leased(server, "d", "s"):
+        steps = [Step((Work("s", 0, (token,), (0,)),), room) for token, room in zip((3, 5), rooms, strict=True)]
+        rows = await asyncio.gather(*map(server.step, ("c", "d"), steps))
+    torch.testing.assert_close(rows[0].tensor[0], logits([3]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(rows[1].tensor[0], logits([5]), atol=1e-4, rtol=0)
+
+
 async def test_two_coordinators_may_use_the_same_names(server: ModelServer) -> None:
     async with (
         leased(server, "c", "s", "hello") as lease,
@@ -191,7 +219,7 @@ async def test_a_step_that_fails_on_one_rank_ends_all_of_them(monkeypatch: pytes
     encoder = PromptEncoder(tiny.tokenizer(80))
     server = ModelServer(engine, encoder, replica="replica", host="127.0.0.1", max_rows=4, ranks=ranks)
 
-    def step(_: object) -> torch.Tensor:
+    def step(*_: object) -> torch.Tensor:
         raise RuntimeError("no memory here")
 
     async with leased(server, "c", "s") as lease, attached(lease, "c") as stream:

@@ -5,7 +5,7 @@ heads, K key-value heads, D head width, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from actors.engine.blocks import BLOCK_SIZE, Copy
 from actors.engine.compiled import kernels
 from actors.engine.compiled.layout import num_panels, panels
-from actors.engine.compiled.team import has_team, run_in_team, team_size_function
+from actors.engine.compiled.team import has_team, run_in_team
 from actors.engine.inspection import Layer
 from actors.engine.plan import PlacedWork
 
@@ -75,7 +75,7 @@ class CompiledPass:
         self._keys = [torch.empty(num_blocks, num_key_heads, width, BLOCK_SIZE).zero_() for _ in layers]
         self._values = [torch.empty(num_blocks, num_key_heads, BLOCK_SIZE, width).zero_() for _ in layers]
         self._workspace = torch.empty(0)
-        self._counters = np.zeros(4 + len(layers) * kernels.NUM_PHASES, np.int64)
+        self._counters = np.zeros((4 + len(layers) * kernels.NUM_PHASES, 2), np.int64)
         self._layers = np.zeros((len(layers), kernels.NUM_LAYER_FIELDS), np.int64)
         for number, layer in enumerate(decoder.layers):
             self._layers[number] = self._describe(layer, layers[layer.self_attn].window, number, zeros)
@@ -83,7 +83,6 @@ class CompiledPass:
             kernels.NUM_FIELDS,
             {
                 kernels.COUNTERS: self._counters.ctypes.data,
-                kernels.TEAM_SIZE: team_size_function(),
                 kernels.LAYERS: self._layers.ctypes.data,
                 kernels.NUM_LAYERS: len(layers),
                 kernels.HIDDEN_WIDTH: hidden,
@@ -106,7 +105,7 @@ class CompiledPass:
         )
         model.lm_head.weight = None
 
-    def run(self, work: Sequence[PlacedWork]) -> Tensor:
+    def run(self, work: Sequence[PlacedWork], room: Tensor | None = None) -> Tensor:
         """Append tokens and return the asked rows [R, V], or [R, I]; see `ForwardPass`."""
         tokens: list[int] = []
         positions: list[int] = []
@@ -118,7 +117,7 @@ class CompiledPass:
             tokens += placed.work.tokens
             positions += range(placed.length, placed.length + placed.num_tokens)
             tables += [numbers.ctypes.data] * placed.num_tokens
-        result = torch.empty(len(rows), self._row_width)
+        result = room if self._can_write(room, len(rows)) else torch.empty(len(rows), self._row_width)
         numbers = np.array([*tokens, *positions, *tables, *rows], np.int64)
         starts = range(0, 3 * len(tokens) + 1, len(tokens))
         job = self._job
@@ -126,11 +125,20 @@ class CompiledPass:
             job[field] = numbers.ctypes.data + start * numbers.itemsize
         job[kernels.NUM_TOKENS], job[kernels.NUM_ROWS] = len(tokens), len(rows)
         job[kernels.RESULT] = result.data_ptr()
-        job[kernels.ARRIVALS] = 0
         self._counters[:] = 0
         self._make_room(max(len(tokens), len(rows)))
         run_in_team(kernels.run_pass, job.ctypes.data, self._num_threads)
-        return result[:, : self._num_columns].contiguous()
+        return result if self._num_columns == self._row_width else result[:, : self._num_columns].contiguous()
+
+    def _can_write(self, room: Tensor | None, num_rows: int) -> TypeGuard[Tensor]:
+        """Whether so many rows can be written to some memory as they are."""
+        return (
+            room is not None
+            and room.shape == (num_rows, self._row_width)
+            and self._num_columns == self._row_width
+            and room.dtype == torch.float32
+            and room.is_contiguous()
+        )
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy keys and values between blocks; see `ForwardPass`."""

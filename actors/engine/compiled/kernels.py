@@ -1,7 +1,7 @@
 """A forward pass of a Llama-like decoder for few tokens at a time, in float32, compiled for the processor at hand.
 
 One function, `run_pass`, is entered by every thread of a team at once. It walks through the layers in phases; in each
-phase the threads take pieces of the work from a counter until none is left, then wait for each other. All products,
+phase the threads take pieces of the work from a counter until none is left, and go on when all are done. All products,
 those of attention too, are made of one tile: up to 8 rows by 3 vectors of columns, held in registers.
 
 Addresses travel as integers, in tables of 64-bit numbers whose columns are named below. Everything that is compiled
@@ -44,14 +44,12 @@ _PREFETCHED = 32
 _UNSEEN = np.float32(-1e30)
 """The score of a position that a token does not see."""
 
-_NUM_SPINS = 20_000
+_NUM_SPINS = 5_000
 """So often a thread looks whether the others have come before it lets other processes have its core."""
 
 # A pass.
 (
-    COUNTERS,  # zeros, one for each phase
-    ARRIVALS,  # zero
-    TEAM_SIZE,  # the function that tells how many threads run
+    COUNTERS,  # zeros: for threads, then for each phase the pieces that were begun and those that are done
     LAYERS,  # the table of layers
     NUM_LAYERS,
     NUM_TOKENS,
@@ -84,7 +82,7 @@ _NUM_SPINS = 20_000
     SCORES,  # [threads, G, MAX_CONTEXT]
     RESULT,  # [R, NUM_PANELS * LANES], or [R, I]
     NUM_FIELDS,
-) = range(35)
+) = range(33)
 
 # A layer. Products are panels: [columns / LANES, inputs, LANES].
 (
@@ -105,7 +103,8 @@ _NUM_SPINS = 20_000
 
 # A product.
 (
-    PRODUCT_COUNTER,  # zero
+    PRODUCT_COUNTER,  # zero: pieces that were begun
+    PRODUCT_DONE,  # zero
     PRODUCT_ROWS,
     PRODUCT_INPUT,  # [rows, inputs]
     PRODUCT_INPUTS,
@@ -114,10 +113,12 @@ _NUM_SPINS = 20_000
     PRODUCT_BIAS,  # [panels * LANES]
     PRODUCT_RESULT,  # [rows, panels * LANES]
     NUM_PRODUCT_FIELDS,
-) = range(9)
+) = range(10)
 
 NUM_PHASES = 9
-"""Of a layer; a pass has 4 more."""
+"""Of a layer; a pass has 3 more, and a counter for its threads."""
+
+_COUNTER_BYTES = 16
 
 _FLOAT = ir.FloatType()
 _LONG = ir.IntType(64)
@@ -223,17 +224,6 @@ def _rest(_context: Any, is_long: Any) -> Any:
         return _nothing()
 
     return types.void(types.int64), build
-
-
-@intrinsic
-def _call(_context: Any, address: Any) -> Any:
-    """Call a C function without arguments that returns an int."""
-
-    def build(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
-        function = builder.inttoptr(arguments[0], ir.FunctionType(_INT, []).as_pointer())
-        return builder.sext(builder.call(function, []), _LONG)
-
-    return types.int64(types.int64), build
 
 
 def _tile(num_rows: int, num_vectors: int) -> Callable[..., None]:
@@ -397,32 +387,38 @@ def _multiply_panels(
     start_stride: int,
     out: int,
     out_stride: int,
-) -> None:
-    """out = start + x W, by all threads together: each takes a few panels after the other."""
+) -> int:
+    """out = start + x W, by all threads together: each takes a few panels after the other. Return how many pieces."""
     panel = 4 * LANES * num_inputs
     width = 4 * LANES
-    while True:
-        p = _add_one(counter) * _NUM_VECTORS
-        if p >= num_panels:
-            return
+    p = _add_one(counter) * _NUM_VECTORS
+    while p < num_panels:
         _multiply(
             num_rows, x, 4 * num_inputs, weights + p * panel, width, panel, num_inputs,
             start + p * width, start_stride, out + p * width, out_stride, min(_NUM_VECTORS, num_panels - p),
         )  # fmt: skip
+        _finish(counter)
+        p = _add_one(counter) * _NUM_VECTORS
+    return (num_panels + _NUM_VECTORS - 1) // _NUM_VECTORS
 
 
 @compiled
-def _wait(job: int, num_threads: int, num_waits: int) -> int:
-    """Wait until every thread has come here as often; return how often that was, this time included."""
-    num_waits += 1
-    arrivals = job + 8 * ARRIVALS
-    _add_one(arrivals)
-    wanted = num_threads * num_waits
+def _finish(counter: int) -> None:
+    """Note that a piece of a phase is done."""
+    _add_one(counter + 8)
+
+
+@compiled
+def _wait(counter: int, num_pieces: int) -> int:
+    """Wait until all pieces of a phase are done, whoever has done them; return the next phase's counter.
+
+    A thread that another process keeps from its core is not waited for, unless it has begun a piece.
+    """
     num_spins = 0
-    while _read_shared(arrivals) < wanted:
+    while _read_shared(counter + 8) < num_pieces:
         num_spins += 1
         _rest(1 if num_spins > _NUM_SPINS else 0)
-    return num_waits
+    return counter + _COUNTER_BYTES
 
 
 def _exponential(builder: Any, x: Any) -> Any:
@@ -623,6 +619,7 @@ def _normalise_tokens(counter: int, job: Table, norm: int, epsilon: float) -> No
     i = _add_one(counter)
     while i < job[NUM_TOKENS]:
         _normalise(job[STATES] + 4 * i * width, norm, job[NORMED] + 4 * i * width, width, epsilon)
+        _finish(counter)
         i = _add_one(counter)
 
 
@@ -637,6 +634,7 @@ def _embed(counter: int, job: Table) -> None:
         state = carray(_floats(job[STATES] + 4 * i * width), width)
         for j in range(width):
             state[j] = embedding[j]
+        _finish(counter)
         i = _add_one(counter)
 
 
@@ -644,9 +642,8 @@ def _embed(counter: int, job: Table) -> None:
 def _run(address: int) -> None:
     """All phases of a pass; each has a counter of its own, in their order."""
     job = carray(_longs(address), NUM_FIELDS)
-    num_threads, num_waits = _call(job[TEAM_SIZE]), 0
     thread = _add_one(job[COUNTERS])
-    counter = job[COUNTERS] + 8
+    counter = job[COUNTERS] + _COUNTER_BYTES
     n, hidden, inner = job[NUM_TOKENS], job[HIDDEN_WIDTH], job[INNER_WIDTH]
     num_heads, num_key_heads, width = job[NUM_HEADS], job[NUM_KEY_HEADS], job[HEAD_WIDTH]
     num_head_columns = (num_heads + 2 * num_key_heads) * width
@@ -654,57 +651,60 @@ def _run(address: int) -> None:
     epsilon, scale = carray(_floats(job[EPSILON]), 1)[0], carray(_floats(job[SCALE]), 1)[0]
     layers = carray(_longs(job[LAYERS]), (job[NUM_LAYERS], NUM_LAYER_FIELDS))
     _embed(counter, job)
+    counter = _wait(counter, n)
     for number in range(job[NUM_LAYERS]):
         layer = layers[number]
-        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
         _normalise_tokens(counter, job, layer[ATTENTION_NORM], epsilon)
-        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
-        _multiply_panels(
+        counter = _wait(counter, n)
+        num_pieces = _multiply_panels(
             counter, n, job[NORMED], hidden, layer[HEADS_PRODUCT], num_head_columns // LANES,
             layer[HEADS_BIAS], 0, job[HEADS], 4 * num_head_columns,
         )  # fmt: skip
-        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+        counter = _wait(counter, num_pieces)
         i = _add_one(counter)
         while i < n:
             _place_heads(job, layer, i, epsilon)
+            _finish(counter)
             i = _add_one(counter)
-        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+        counter = _wait(counter, n)
         i = _add_one(counter)
         while i < n * num_key_heads:
             _attend(job, layer, i, scores, scale)
+            _finish(counter)
             i = _add_one(counter)
-        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
-        _multiply_panels(
+        counter = _wait(counter, n * num_key_heads)
+        num_pieces = _multiply_panels(
             counter, n, job[ATTENDED], num_heads * width, layer[ATTENDED_PRODUCT], hidden // LANES,
             job[STATES], 4 * hidden, job[STATES], 4 * hidden,
         )  # fmt: skip
-        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+        counter = _wait(counter, num_pieces)
         _normalise_tokens(counter, job, layer[INNER_NORM], epsilon)
-        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
-        _multiply_panels(
+        counter = _wait(counter, n)
+        num_pieces = _multiply_panels(
             counter, n, job[NORMED], hidden, layer[INNER_PRODUCT], 2 * inner // LANES,
             job[ZEROS], 0, job[INNER], 8 * inner,
         )  # fmt: skip
-        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+        counter = _wait(counter, num_pieces)
         i = _add_one(counter)
         while i < n:
-            _gate(
-                job[INNER] + 8 * i * inner, job[INNER] + (8 * i + 4) * inner, job[GATED] + 4 * i * inner, inner // LANES
-            )
+            gates = job[INNER] + 8 * i * inner
+            _gate(gates, gates + 4 * inner, job[GATED] + 4 * i * inner, inner // LANES)
+            _finish(counter)
             i = _add_one(counter)
-        num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
-        _multiply_panels(
+        counter = _wait(counter, n)
+        num_pieces = _multiply_panels(
             counter, n, job[GATED], inner, layer[GATED_PRODUCT], hidden // LANES,
             job[STATES], 4 * hidden, job[STATES], 4 * hidden,
         )  # fmt: skip
-    num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+        counter = _wait(counter, num_pieces)
     rows = carray(_longs(job[ROWS]), job[NUM_ROWS])
     normed = job[NORMED] if job[NUM_PANELS] else job[RESULT]
     i = _add_one(counter)
     while i < job[NUM_ROWS]:
         _normalise(job[STATES] + 4 * rows[i] * hidden, job[FINAL_NORM], normed + 4 * i * hidden, hidden, epsilon)
+        _finish(counter)
         i = _add_one(counter)
-    num_waits, counter = _wait(address, num_threads, num_waits), counter + 8
+    counter = _wait(counter, job[NUM_ROWS])
     _multiply_panels(
         counter, job[NUM_ROWS], normed, hidden, job[OUTPUT], job[NUM_PANELS],
         job[ZEROS], 0, job[RESULT], 4 * LANES * job[NUM_PANELS],

@@ -28,15 +28,6 @@ def has_team() -> bool:
     return _library() is not None
 
 
-def team_size_function() -> int:
-    """Return the address of the function that tells a thread how many run with it."""
-    library = _library()
-    assert library is not None
-    address = ctypes.cast(library.omp_get_num_threads, ctypes.c_void_p).value
-    assert address is not None
-    return address
-
-
 def run_in_team(function: int, argument: int, num_threads: int) -> None:
     """Call the C function at an address with an argument, in so many of torch's threads at once."""
     library = _library()
