@@ -250,26 +250,30 @@ class ModelServer:
             self._wake.set()
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             if not self._messages:
                 await self._wake.wait()
             self._wake.clear()
-            arrived, self._arrived = self._arrived, []
-            self._busy_since = time.monotonic()
-            try:
-                for message, rows in await loop.run_in_executor(self._thread, self._compute, arrived):
-                    if not message.answer.done():
-                        message.answer.set_result(rows)
-            except Exception as error:
-                logger.exception("a step failed")
-                if self._ranks is not None:
-                    self._ranks.fail(error)
-                for message in await loop.run_in_executor(self._thread, self._give_up, arrived):
-                    if not message.answer.done():
-                        message.answer.set_exception(TrimtabError(f"the model's step failed: {error!r}"))
-            finally:
-                self._busy_since = None
+            await self._pass()
+
+    async def _pass(self) -> None:
+        """Take in what has arrived, compute for once, and answer what is done; keep nothing of it."""
+        loop = asyncio.get_running_loop()
+        arrived, self._arrived = self._arrived, []
+        self._busy_since = time.monotonic()
+        try:
+            for message, rows in await loop.run_in_executor(self._thread, self._compute, arrived):
+                if not message.answer.done():
+                    message.answer.set_result(rows)
+        except Exception as error:
+            logger.exception("a step failed")
+            if self._ranks is not None:
+                self._ranks.fail(error)
+            for message in await loop.run_in_executor(self._thread, self._give_up, arrived):
+                if not message.answer.done():
+                    message.answer.set_exception(TrimtabError(f"the model's step failed: {error!r}"))
+        finally:
+            self._busy_since = None
 
     def _compute(self, arrived: Sequence[_Message]) -> list[tuple[_Message, StepRows]]:
         """Take messages in, run a forward pass, and return those that can be answered (in the engine's thread,

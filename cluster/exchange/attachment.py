@@ -189,8 +189,10 @@ class Attachment:
         try:
             messages = self._messages(step_id, slot, step, await self._handler.step(self.coordinator, step))
         except Exception as error:
-            logger.warning("a step of coordinator %s failed", self.coordinator, exc_info=True)
-            result = step_pb2.Result(id=step_id, error=f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            # Without its traceback, in which the slot's memory would live on.
+            logger.warning("a step of coordinator %s failed: %s", self.coordinator, reason)
+            result = step_pb2.Result(id=step_id, error=reason)
             messages = iter([encode_reply(step_pb2.Reply(result=result))])
         self._busy_slots.discard(slot)
         with contextlib.suppress(*STREAM_IS_OVER):
