@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # Ray starts jobs with the `python` that is on its PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: serve test fuzz bench check format models proto clean
+.PHONY: serve test fuzz chaos bench check format models proto clean
 
 # The service in the foreground, on http://127.0.0.1:8000; Ctrl-C ends it. The first variable has Serve's proxy talk gRPC
 # to the gateway, which halves what a streamed token costs; with the second, Serve kills what fails its health checks
@@ -27,6 +27,14 @@ test: $(VENV)/installed-dev models
 FUZZ ?= 10000
 fuzz: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/unit/test_fuzz_*.py tests/cluster/test_fuzz_*.py --fuzz $(FUZZ) --timeout 1800
+
+# Steady load while processes are killed, stopped and drained, and clients that leave in mid-stream; some ten minutes.
+# `make test` has a small sample of it. CHAOS=52 does so many faults, LEAVERS=2000 lets so many clients leave.
+CHAOS ?= 26
+LEAVERS ?= 500
+chaos: $(VENV)/installed-dev
+	RAY_SERVE_PROXY_USE_GRPC=1 RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS=1 $(BIN)/python -m pytest \
+		tests/cluster/test_chaos.py --chaos $(CHAOS) --leavers $(LEAVERS) --timeout 3600 -s
 
 # Speed beside transformers `generate`, as a table and in results/bench; about 40 minutes. ARGS="--help" says how to shorten.
 ARGS ?=

@@ -8,6 +8,8 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=200, help="how many hostile requests; `make fuzz` sends 10,000")
+    parser.addoption("--chaos", type=int, default=1, help="how many faults; `make chaos` does 26 beside 200 requests")
+    parser.addoption("--leavers", type=int, default=32, help="how many clients leave; in `make chaos` 500 do")
 
 
 @pytest.fixture(scope="session")
