@@ -174,7 +174,6 @@ def test_a_coordinator_that_dies_costs_no_answer(prompts: Path, tmp_path: Path, 
             ray.kill(ray.get_actor(name, namespace="serve"))
         _, told = process.communicate(timeout=TIMEOUT_S)
     assert len(names) == 1
-    assert "next try in 1 s" in told
     assert process.returncode == 0, told
     answered = read(results)
     assert sum(answered[line]["token_ids"] != undisturbed[line]["token_ids"] for line in undisturbed) <= 1
