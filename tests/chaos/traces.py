@@ -53,7 +53,7 @@ def count_live(replica: Any) -> dict[str, int]:
     if hasattr(actor, "_lanes"):  # a coordinator
         return {
             "sequences": sum(lane.num_sequences for lane in actor._lanes.values()),
-            "requests": actor._admission._num_open,
+            "requests": actor._admission.num_open,
         }
     server = actor._server
     return {
