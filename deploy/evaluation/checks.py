@@ -12,7 +12,7 @@ from actors.training.soup import check_average, count_parameters
 from cluster.errors import InvalidConfiguration
 from deploy.check import check, validate
 from deploy.evaluation.plan import AlignmentTable, Plan, slug
-from deploy.evaluation.service import service_config
+from deploy.evaluation.service import LOCAL, service_config
 
 
 def load_plan(path: Path) -> Plan:
@@ -141,13 +141,13 @@ def check_models(plan: Plan, rows: Sequence[str]) -> None:
         InvalidConfiguration: one cannot write, guide, or be scored under the base.
     """
     guides = {guide: plan.guide_path(guide) for row in rows for guide in plan.guides_of(row)}
-    check(service_config(plan, plan.base_path, guides))
+    check({**LOCAL, **service_config(plan, plan.base_path, guides)})
     for row in rows:
         model = plan.rows[row].model
         if model is None:
             continue
         try:
             # It writes alone, but its tokens are scored under the base: what is asked of a guide.
-            check(service_config(plan, plan.base_path, {"writer": next(iter(plan.parts_of(row)))}))
+            check({**LOCAL, **service_config(plan, plan.base_path, {"writer": next(iter(plan.parts_of(row)))})})
         except InvalidConfiguration as error:
             raise InvalidConfiguration(f"models.{model}: {error}") from error

@@ -29,6 +29,8 @@ START_TIMEOUT_S = 1800.0
 POLL_S = 0.5
 UNSETTLED = {"NOT_STARTED", "DEPLOYING", "DELETING"}
 LOOPBACK = "127.0.0.1"
+LOCAL = {"http_options": {"host": LOOPBACK}}
+"""Where the services of an evaluation listen, as a deploy.yaml says it."""
 
 
 def service_config(plan: Plan, base: Path, guides: Mapping[str, Path]) -> dict[str, Any]:
