@@ -101,7 +101,7 @@ def bytes_read(model: PreTrainedModel) -> tuple[int, int]:
     if model.get_output_embeddings().weight.data_ptr() != table.data_ptr():
         weights.pop(table.data_ptr())
     config = model.config
-    width = config.head_dim * config.num_key_value_heads
+    width = (config.head_dim or config.hidden_size // config.num_attention_heads) * config.num_key_value_heads
     num_weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights.values())
     return num_weight_bytes, 2 * config.num_hidden_layers * width * table.element_size()
 

@@ -58,7 +58,7 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
-_GROUPED: dict[str, Any] = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16}
+_GROUPED: dict[str, Any] = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2}
 
 
 def _build(model_class: Any, config: Any, seed: int) -> PreTrainedModel:

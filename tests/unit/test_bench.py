@@ -237,5 +237,5 @@ def test_the_bytes_of_a_step_are_weights_and_cache() -> None:
     model = tiny.llama()
     embedding = model.get_input_embeddings().weight.numel()
     weights = sum(parameter.numel() for parameter in model.parameters()) - embedding
-    # 3 layers, keys and values, 2 heads of width 16.
-    assert gpu.bytes_read(model) == (4 * weights, 4 * 3 * 2 * 2 * 16)
+    # 3 layers, keys and values, 2 heads of width 8.
+    assert gpu.bytes_read(model) == (4 * weights, 4 * 3 * 2 * 2 * 8)

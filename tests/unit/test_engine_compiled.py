@@ -53,6 +53,11 @@ MODELS: dict[str, tuple[Callable[..., PreTrainedModel], dict[str, Any]]] = {
 }
 
 
+def build_model(name: str) -> PreTrainedModel:
+    build, settings = MODELS[name]
+    return build(**{"head_dim": 16, **settings})
+
+
 def compiled_engine(model: PreTrainedModel, **options: Any) -> Engine:
     engine = Engine(model, max_sequences=20, max_context=100, **options)
     assert isinstance(engine._forward_pass, CompiledPass)
@@ -79,8 +84,7 @@ def cycle(*sizes: int) -> Iterator[int]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_the_model(name: str) -> None:
-    build, settings = MODELS[name]
-    model = build(**settings)
+    model = build_model(name)
     with torch.inference_mode():
         expected = model(torch.tensor([TOKENS]), use_cache=False).logits[0]
     rows = rows_in_chunks(compiled_engine(copy.deepcopy(model)), TOKENS, cycle(16, 1, 7))
@@ -89,8 +93,7 @@ def test_logits_are_those_of_the_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "sliding window", "norms of heads"])
 def test_hidden_states_are_those_of_the_model(name: str) -> None:
-    build, settings = MODELS[name]
-    model = build(**settings)
+    model = build_model(name)
     with torch.inference_mode():
         expected = model.base_model(torch.tensor([TOKENS]), use_cache=False).last_hidden_state[0]
     rows = rows_in_chunks(compiled_engine(copy.deepcopy(model), rows="hidden_states"), TOKENS, cycle(30, 1))
@@ -99,8 +102,7 @@ def test_hidden_states_are_those_of_the_model(name: str) -> None:
 
 @pytest.fixture(params=["llama", "sliding window"])
 def engine(request: pytest.FixtureRequest) -> Engine:
-    build, settings = MODELS[request.param]
-    return compiled_engine(build(**settings))
+    return compiled_engine(build_model(request.param))
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2, 3), (17,), (64,)])
@@ -129,7 +131,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     try:
         for number in (1, 2, 5):
             torch.set_num_threads(number)
-            rows.append(rows_in_chunks(compiled_engine(tiny.llama()), TOKENS, cycle(9, 1)))
+            rows.append(rows_in_chunks(compiled_engine(tiny.llama(head_dim=16)), TOKENS, cycle(9, 1)))
     finally:
         torch.set_num_threads(num_threads)
     assert torch.equal(rows[0], rows[1])
@@ -152,7 +154,7 @@ class BoundedNorm(modeling_llama.LlamaRMSNorm):
 
 
 def with_bounded_norms() -> PreTrainedModel:
-    model = tiny.llama()
+    model = tiny.llama(head_dim=16)
     for module in model.modules():
         if isinstance(module, modeling_llama.LlamaRMSNorm):
             module.__class__ = BoundedNorm
@@ -160,7 +162,7 @@ def with_bounded_norms() -> PreTrainedModel:
 
 
 def with_a_hook() -> PreTrainedModel:
-    model = tiny.llama()
+    model = tiny.llama(head_dim=16)
     model.base_model.layers[1].register_forward_hook(lambda *_: None)
     return model
 
@@ -171,13 +173,13 @@ def with_a_hook() -> PreTrainedModel:
         tiny.gemma,
         with_bounded_norms,
         with_a_hook,
-        lambda: tiny.llama().to(torch.bfloat16),
-        lambda: tiny.llama(attention_bias=True),
-        lambda: tiny.llama(mlp_bias=True),
-        lambda: tiny.llama(hidden_act="relu"),
+        lambda: tiny.llama(head_dim=16).to(torch.bfloat16),
+        lambda: tiny.llama(head_dim=16, attention_bias=True),
+        lambda: tiny.llama(head_dim=16, mlp_bias=True),
+        lambda: tiny.llama(head_dim=16, hidden_act="relu"),
         lambda: tiny.llama(head_dim=8),
-        lambda: tiny.llama(intermediate_size=50),
-        lambda: tiny.llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        lambda: tiny.llama(head_dim=16, intermediate_size=50),
+        lambda: tiny.llama(head_dim=16, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
     ],
     ids=[
         "another family",
@@ -198,7 +200,7 @@ def test_what_the_pass_does_not_know_runs_through_transformers(build: Callable[[
 
 
 def test_a_model_gives_its_weights_up() -> None:
-    model = tiny.llama(tie_word_embeddings=True)
+    model = tiny.llama(head_dim=16, tie_word_embeddings=True)
     compiled_engine(model)
     left = {name.split(".")[-2] for name, weight in model.named_parameters() if weight.dim() == 2}
     assert left == {"embed_tokens"}
@@ -211,7 +213,7 @@ def test_a_step_without_rows_gives_none(engine: Engine) -> None:
 
 
 def test_not_a_number_stays_visible() -> None:
-    model = tiny.llama()
+    model = tiny.llama(head_dim=16)
     embedding = model.get_input_embeddings()
     assert isinstance(embedding.weight, Tensor)
     engine = compiled_engine(model)

@@ -19,12 +19,12 @@ from cluster.exchange import Step, StepStream, Work
 from tests import tiny
 
 TIMEOUT_S = 60.0
-MODEL = tiny.llama(80)
+MODEL = tiny.llama(80, head_dim=16)
 
 
 @pytest.fixture
 async def server() -> AsyncIterator[ModelServer]:
-    engine = Engine(tiny.llama(80), max_sequences=4, max_context=32)
+    engine = Engine(tiny.llama(80, head_dim=16), max_sequences=4, max_context=32)
     server = ModelServer(engine, PromptEncoder(tiny.tokenizer(80)), replica="replica", host="127.0.0.1", max_rows=4)
     server.description = BaseDescription(tokenizer="{}", end_tokens=frozenset({0}))
     yield server
@@ -156,7 +156,7 @@ async def test_two_coordinators_may_use_the_same_names(server: ModelServer) -> N
 
 
 async def test_a_guide_may_send_hidden_states() -> None:
-    engine = Engine(tiny.llama(80), max_sequences=4, max_context=32, rows="hidden_states")
+    engine = Engine(tiny.llama(80, head_dim=16), max_sequences=4, max_context=32, rows="hidden_states")
     assert engine.output is not None
     hidden = ModelServer(engine, PromptEncoder(tiny.tokenizer(80)), replica="replica", host="127.0.0.1", max_rows=4)
     try:

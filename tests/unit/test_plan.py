@@ -287,8 +287,8 @@ def test_the_command_plans_a_file(deploy_yaml: Path, capsys: pytest.CaptureFixtu
     base, guide = planned["estimate"]["models"]
     assert (base["accelerator"], base["devices"], base["link"]) == ("h100", 2, SHARED_MEMORY.name)
     assert (guide["accelerator"], guide["replicas"], guide["link"]) == ("l4", 3, "network")
-    # 3 layers of 2 * 2 heads * 16 numbers of 2 bytes, over two ranks.
-    assert base["cache_bytes"] == 640 * 3 * 2 * 2 * 16 * 2 / 2
+    # 3 layers of 2 * 2 heads * 8 numbers of 2 bytes, over two ranks.
+    assert base["cache_bytes"] == 640 * 3 * 2 * 2 * 8 * 2 / 2
     assert planned["estimate"]["coordinators"] == 2
     assert planned["estimate"]["tokens_per_s"] > 0
     plan.main(command)
