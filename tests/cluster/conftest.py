@@ -1,20 +1,26 @@
 """A local Ray cluster with a dashboard, and services deployed on it from a deploy.yaml as users write one."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import yaml
 from openai import OpenAI
 from ray import serve
 from ray.util.state import list_actors
+
+from actors.settings import CHECKOUT
 
 START_TIMEOUT_S = 240
 BIN = Path(sys.executable).parent
@@ -39,6 +45,61 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class ServeRun:
+    """A `serve run` that goes on until its test is over."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait_until(self, is_true: Callable[[], bool]) -> None:
+        """Wait until something holds or the process has ended."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not is_true() and self.process.poll() is None:
+            assert time.monotonic() < deadline, self.output()[-5000:]
+            time.sleep(0.5)
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+@contextmanager
+def serve_run(config: dict[str, Any], folder: Path, **environment: str) -> Iterator[ServeRun]:
+    """`serve run` on a cluster of its own, whatever else runs here; Ctrl-C ends it, and then no process of it is left."""
+    (folder / "deploy.yaml").write_text(yaml.safe_dump(config))
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [str(BIN / "serve"), "run", str(folder / "deploy.yaml")],
+            cwd=CHECKOUT,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "RAY_ADDRESS": "local", **environment},
+            start_new_session=True,
+            preexec_fn=_hear_ctrl_c,
+        )
+    family: list[psutil.Process] = []
+    try:
+        yield ServeRun(process, folder / "log")
+        if process.poll() is None:
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGINT)
+            process.wait(120)
+            _, left = psutil.wait_procs(family, timeout=60)
+            assert left == []
+    finally:
+        if process.poll() is None:
+            family = [*family, *psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            if member.is_running():
+                member.kill()
+        process.wait(60)
+
+
+def _hear_ctrl_c() -> None:
+    # A shell starts what it runs in the background, this test perhaps, with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def model_args(model: str, **more: Any) -> dict[str, Any]:
