@@ -67,7 +67,7 @@ class ServeRun:
 
 @contextmanager
 def serve_run(config: dict[str, Any], folder: Path, **environment: str) -> Iterator[ServeRun]:
-    """`serve run` on a cluster of its own, whatever else runs here; Ctrl-C ends it, and then no process of it is left."""
+    """`serve run` on a cluster of its own, whatever else runs here; Ctrl-C ends it and all of its processes."""
     (folder / "deploy.yaml").write_text(yaml.safe_dump(config))
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
