@@ -108,7 +108,8 @@ class ModelServer:
         self._turns = turns
         self._ranks = ranks
         self._hang_s = hang_s
-        self._leases: set[str] = set()
+        self._leases: dict[str, asyncio.Event] = {}
+        """By sequence; set when it ends."""
         self._arrived: list[_Message] = []
         self._messages: dict[Task, _Message] = {}
         self._answerable: list[_Message] = []
@@ -191,7 +192,7 @@ class ModelServer:
         self._telemetry.total("preemptions", self.schedule.num_preemptions)
 
     async def lease(self, request: LeaseRequest) -> AsyncGenerator[Lease | Refusal, None]:
-        """Hold room for a sequence until the caller ends the call or its stream breaks.
+        """Hold room for a sequence until the coordinator leaves it, its stream breaks or the caller ends the call.
 
         Yields one item: the lease, or why the prompt cannot be taken.
         """
@@ -203,7 +204,7 @@ class ModelServer:
             yield Refusal(message=error.message, field=error.field)
             return
         key = _key(request.coordinator, request.sequence)
-        self._leases.add(key)
+        ended = self._leases[key] = asyncio.Event()
         try:
             yield Lease(
                 replica=self._replica,
@@ -217,7 +218,7 @@ class ModelServer:
                 output=self.output,
             )
             await self._server.wait_attached(request.coordinator, ATTACH_TIMEOUT_S)
-            await self._server.wait_detached(request.coordinator)
+            await ended.wait()
         except DeadlineExceeded as error:
             logger.warning("the lease of %s ends: %s", key, error)
         finally:
@@ -238,14 +239,18 @@ class ModelServer:
         self._wake.set()
         return await message.answer
 
+    def leave(self, coordinator: str, sequence: str) -> None:
+        """End a sequence's lease, if it has one (`StepHandler`)."""
+        self._release(_key(coordinator, sequence))
+
     async def detach(self, coordinator: str) -> None:
         """Free all that a coordinator held (`StepHandler`)."""
         for key in [key for key in self._leases if key.startswith(_key(coordinator, ""))]:
             self._release(key)
 
     def _release(self, key: str) -> None:
-        if key in self._leases:
-            self._leases.remove(key)
+        if (ended := self._leases.pop(key, None)) is not None:
+            ended.set()
             self._thread.submit(self._close, key)
             self._wake.set()
 

@@ -6,13 +6,10 @@ the other one displaced. One after the other they are done sooner than side by s
 
 import fcntl
 import os
-import time
-import weakref
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-POLL_S = 0.001
 
 
 class Turns:
@@ -27,8 +24,15 @@ class Turns:
         """
         self._patience_s = patience_s
         self._descriptor = os.open(meeting_place, os.O_RDONLY | os.O_CLOEXEC)
-        # Not before the last turn is over: somebody else may have its number by then.
-        self.close = weakref.finalize(self, os.close, self._descriptor)
+        # A lock that waits by itself has no time limit, and one that is tried again and again comes late. So a thread
+        # waits for it, and is waited for.
+        self._state = threading.Lock()
+        self._is_asking = False
+        self._is_waited_for = False
+        self._is_closed = False
+        self._asked = threading.Semaphore(0)
+        self._granted = threading.Semaphore(0)
+        threading.Thread(target=self._ask, name="turns", daemon=True).start()
 
     @contextmanager
     def take(self) -> Iterator[None]:
@@ -40,15 +44,40 @@ class Turns:
             if is_taken:
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
+    def close(self) -> None:
+        """Take no more turns."""
+        self._is_closed = True
+        self._asked.release()
+
     def _wait(self) -> bool:
-        # A lock that waits by itself has no time limit.
-        deadline = time.monotonic() + self._patience_s
+        with self._state:
+            # Asking may still go on for an earlier turn that was not waited for to the end.
+            if not self._is_asking:
+                try:
+                    fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self._is_asking = True
+                    self._asked.release()
+                else:
+                    return True
+            self._is_waited_for = True
+        is_taken = self._granted.acquire(timeout=self._patience_s)
+        with self._state:
+            is_taken = is_taken or self._granted.acquire(blocking=False)
+            self._is_waited_for = False
+        return is_taken
+
+    def _ask(self) -> None:
+        """Wait for the lock whenever that is asked for; give it back if nobody waits any more."""
         while True:
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(POLL_S)
-            else:
-                return True
+            self._asked.acquire()
+            if self._is_closed:
+                os.close(self._descriptor)
+                return
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            with self._state:
+                self._is_asking = False
+                if self._is_waited_for:
+                    self._granted.release()
+                else:
+                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)

@@ -29,6 +29,9 @@ class Echo:
         """The first rows of one tensor."""
         return StepRows(self._rows_RW[: sum(len(item.rows) for item in step.work)])
 
+    def leave(self, coordinator: str, sequence: str) -> None:
+        """Nothing is held."""
+
     async def detach(self, coordinator: str) -> None:
         """Nothing is held."""
 

@@ -10,6 +10,7 @@ all its streams is one `StepServer`, which hands every step to the `StepHandler`
                                       <-         Ready{number and size of slots}                with a segment only
     Step{id, slot, work}              ->
                                       <-         Result{id, rows or "in the slot", failures}
+    Leave{sequence}                   ->                                                        a sequence has ended
 
 **Shared memory.** The replica makes a file of one page in /dev/shm that begins with a nonce. A coordinator that can
 read it back sees the same memory, whatever node or container it is in; the file is unlinked as soon as it has answered,
@@ -19,7 +20,7 @@ slot; the replica writes the rows there, the coordinator reads them in place and
 **Inline.** Rows travel in the Result when there are no slots, when none is free, or when the rows do not fit into one;
 all but the last half megabyte of them go ahead as Parts.
 
-**Order.** A stream's steps are handed to the handler in the order in which they were sent; results come in any order.
+**Order.** A stream's steps and leaves are handed to the handler in the order in which they were sent; results come in any order.
 
 **Who may.** A replica has a random token; a stream that does not show it is refused. With `Tls` both ends show
 certificates before a byte of the above is said.

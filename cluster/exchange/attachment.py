@@ -73,6 +73,8 @@ class Attachment:
 
     def __init__(self, coordinator: str, context: Any, handler: StepHandler, terms: Terms, traffic: Traffic) -> None:
         self.coordinator = coordinator
+        self.is_over = False
+        """Whether what was held for it has been freed, or is just about to be."""
         self.detached = asyncio.Event()
         self._context = context
         self._handler = handler
@@ -112,6 +114,7 @@ class Attachment:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._slots = None
+        self.is_over = True
         try:
             await self._handler.detach(self.coordinator)
         except Exception:
@@ -120,6 +123,9 @@ class Attachment:
     async def _receive(self, offers_shared_memory: bool) -> None:
         await self._welcome(offers_shared_memory)
         while (request := await receive(self._context)) is not None:
+            if request.WhichOneof("body") == "leave":
+                self._handler.leave(self.coordinator, request.leave.sequence)
+                continue
             if request.WhichOneof("body") != "step":
                 raise Malformed(f"a {request.WhichOneof('body')} where steps are expected")
             step = decode_step(request.step)

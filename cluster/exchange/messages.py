@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cluster.exchange import step_pb2
 
-VERSION = 1
+VERSION = 2
 METHOD = "Steps"
 SERVICE = "trimtab.exchange.StepExchange"
 
@@ -76,6 +76,10 @@ class StepHandler(Protocol):
         """
         ...
 
+    def leave(self, coordinator: str, sequence: str) -> None:
+        """Free what is held for a sequence that has ended, known or not. It may have a step under way."""
+        ...
+
     async def detach(self, coordinator: str) -> None:
         """Free all that is held for a coordinator: its stream has ended. Called once per stream."""
         ...
@@ -118,6 +122,11 @@ def encode_step(step_id: int, slot: int, step: Step) -> bytes:
         ],
     )
     return step_pb2.Request(step=message).SerializeToString()
+
+
+def encode_leave(sequence: str) -> bytes:
+    """A Request with a Leave."""
+    return step_pb2.Request(leave=step_pb2.Leave(sequence=sequence)).SerializeToString()
 
 
 def decode_step(message: step_pb2.Step) -> Step:

@@ -112,28 +112,22 @@ class StepServer:
             self._server = None
 
     def attached(self, coordinator: str) -> bool:
-        """Whether the coordinator has a stream here."""
-        return coordinator in self._attachments
+        """Whether the coordinator has a stream here, for which something may be held."""
+        attachment = self._attachments.get(coordinator)
+        return attachment is not None and not attachment.is_over
 
     async def wait_attached(self, coordinator: str, timeout_s: float) -> None:
         """Wait until the coordinator has a stream here.
 
         Raises DeadlineExceeded: it has none after that time.
         """
+        if self.attached(coordinator):
+            return
         try:
             async with asyncio.timeout(timeout_s), self._attaching:
-                await self._attaching.wait_for(lambda: coordinator in self._attachments)
+                await self._attaching.wait_for(lambda: self.attached(coordinator))
         except TimeoutError as error:
             raise DeadlineExceeded(f"coordinator {coordinator} opened no stream within {timeout_s:g} s") from error
-
-    async def wait_detached(self, coordinator: str) -> None:
-        """Wait until the stream that the coordinator has now is detached; at once if it has none.
-
-        A newer stream that replaces it does not prolong the wait: what belonged to this one is gone.
-        """
-        attachment = self._attachments.get(coordinator)
-        if attachment is not None:
-            await attachment.detached.wait()
 
     async def _serve(self, _requests: object, context: Any) -> None:
         try:

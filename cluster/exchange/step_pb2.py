@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63luster/exchange/step.proto\x12\x10trimtab.exchange\"\x93\x01\n\x07Request\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.trimtab.exchange.HelloH\x00\x12.\n\x05proof\x18\x02 \x01(\x0b\x32\x1d.trimtab.exchange.MemoryProofH\x00\x12&\n\x04step\x18\x03 \x01(\x0b\x32\x16.trimtab.exchange.StepH\x00\x42\x06\n\x04\x62ody\"Z\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x13\n\x0b\x63oordinator\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\t\x12\x1c\n\x14offers_shared_memory\x18\x04 \x01(\x08\".\n\x0bMemoryProof\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x10\n\x08obstacle\x18\x02 \x01(\t\"F\n\x04Step\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0c\n\x04slot\x18\x02 \x01(\x11\x12$\n\x04work\x18\x03 \x03(\x0b\x32\x16.trimtab.exchange.Work\"F\n\x04Work\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x0c\n\x04rows\x18\x04 \x03(\r\"\xbb\x01\n\x05Reply\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.trimtab.exchange.WelcomeH\x00\x12(\n\x05ready\x18\x02 \x01(\x0b\x32\x17.trimtab.exchange.ReadyH\x00\x12*\n\x06result\x18\x03 \x01(\x0b\x32\x18.trimtab.exchange.ResultH\x00\x12&\n\x04part\x18\x04 \x01(\x0b\x32\x16.trimtab.exchange.PartH\x00\x42\x06\n\x04\x62ody\"N\n\x07Welcome\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\x11\n\trow_width\x18\x02 \x01(\r\x12\x0f\n\x07segment\x18\x03 \x01(\t\x12\x10\n\x08obstacle\x18\x04 \x01(\t\"T\n\x05Ready\x12\x11\n\tnum_slots\x18\x01 \x01(\r\x12\x12\n\nslot_bytes\x18\x02 \x01(\x04\x12\x12\n\nfirst_slot\x18\x03 \x01(\x04\x12\x10\n\x08obstacle\x18\x04 \x01(\t\"\x81\x01\n\x06Result\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x0f\n\x07in_slot\x18\x03 \x01(\x08\x12\x0c\n\x04rows\x18\x04 \x01(\x0c\x12+\n\x08\x66\x61ilures\x18\x05 \x03(\x0b\x32\x19.trimtab.exchange.Failure\x12\r\n\x05\x65rror\x18\x06 \x01(\t\" \n\x04Part\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\":\n\x07\x46\x61ilure\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t2O\n\x0cStepExchange\x12?\n\x05Steps\x12\x19.trimtab.exchange.Request\x1a\x17.trimtab.exchange.Reply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63luster/exchange/step.proto\x12\x10trimtab.exchange\"\xbd\x01\n\x07Request\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.trimtab.exchange.HelloH\x00\x12.\n\x05proof\x18\x02 \x01(\x0b\x32\x1d.trimtab.exchange.MemoryProofH\x00\x12&\n\x04step\x18\x03 \x01(\x0b\x32\x16.trimtab.exchange.StepH\x00\x12(\n\x05leave\x18\x04 \x01(\x0b\x32\x17.trimtab.exchange.LeaveH\x00\x42\x06\n\x04\x62ody\"Z\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x13\n\x0b\x63oordinator\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\t\x12\x1c\n\x14offers_shared_memory\x18\x04 \x01(\x08\".\n\x0bMemoryProof\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x10\n\x08obstacle\x18\x02 \x01(\t\"F\n\x04Step\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0c\n\x04slot\x18\x02 \x01(\x11\x12$\n\x04work\x18\x03 \x03(\x0b\x32\x16.trimtab.exchange.Work\"F\n\x04Work\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x0c\n\x04rows\x18\x04 \x03(\r\"\x19\n\x05Leave\x12\x10\n\x08sequence\x18\x01 \x01(\t\"\xbb\x01\n\x05Reply\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.trimtab.exchange.WelcomeH\x00\x12(\n\x05ready\x18\x02 \x01(\x0b\x32\x17.trimtab.exchange.ReadyH\x00\x12*\n\x06result\x18\x03 \x01(\x0b\x32\x18.trimtab.exchange.ResultH\x00\x12&\n\x04part\x18\x04 \x01(\x0b\x32\x16.trimtab.exchange.PartH\x00\x42\x06\n\x04\x62ody\"N\n\x07Welcome\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\x11\n\trow_width\x18\x02 \x01(\r\x12\x0f\n\x07segment\x18\x03 \x01(\t\x12\x10\n\x08obstacle\x18\x04 \x01(\t\"T\n\x05Ready\x12\x11\n\tnum_slots\x18\x01 \x01(\r\x12\x12\n\nslot_bytes\x18\x02 \x01(\x04\x12\x12\n\nfirst_slot\x18\x03 \x01(\x04\x12\x10\n\x08obstacle\x18\x04 \x01(\t\"\x81\x01\n\x06Result\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x0f\n\x07in_slot\x18\x03 \x01(\x08\x12\x0c\n\x04rows\x18\x04 \x01(\x0c\x12+\n\x08\x66\x61ilures\x18\x05 \x03(\x0b\x32\x19.trimtab.exchange.Failure\x12\r\n\x05\x65rror\x18\x06 \x01(\t\" \n\x04Part\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\":\n\x07\x46\x61ilure\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t2O\n\x0cStepExchange\x12?\n\x05Steps\x12\x19.trimtab.exchange.Request\x1a\x17.trimtab.exchange.Reply(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,27 +32,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.exchange.step_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REQUEST']._serialized_start=50
-  _globals['_REQUEST']._serialized_end=197
-  _globals['_HELLO']._serialized_start=199
-  _globals['_HELLO']._serialized_end=289
-  _globals['_MEMORYPROOF']._serialized_start=291
-  _globals['_MEMORYPROOF']._serialized_end=337
-  _globals['_STEP']._serialized_start=339
-  _globals['_STEP']._serialized_end=409
-  _globals['_WORK']._serialized_start=411
-  _globals['_WORK']._serialized_end=481
-  _globals['_REPLY']._serialized_start=484
-  _globals['_REPLY']._serialized_end=671
-  _globals['_WELCOME']._serialized_start=673
-  _globals['_WELCOME']._serialized_end=751
-  _globals['_READY']._serialized_start=753
-  _globals['_READY']._serialized_end=837
-  _globals['_RESULT']._serialized_start=840
-  _globals['_RESULT']._serialized_end=969
-  _globals['_PART']._serialized_start=971
-  _globals['_PART']._serialized_end=1003
-  _globals['_FAILURE']._serialized_start=1005
-  _globals['_FAILURE']._serialized_end=1063
-  _globals['_STEPEXCHANGE']._serialized_start=1065
-  _globals['_STEPEXCHANGE']._serialized_end=1144
+  _globals['_REQUEST']._serialized_end=239
+  _globals['_HELLO']._serialized_start=241
+  _globals['_HELLO']._serialized_end=331
+  _globals['_MEMORYPROOF']._serialized_start=333
+  _globals['_MEMORYPROOF']._serialized_end=379
+  _globals['_STEP']._serialized_start=381
+  _globals['_STEP']._serialized_end=451
+  _globals['_WORK']._serialized_start=453
+  _globals['_WORK']._serialized_end=523
+  _globals['_LEAVE']._serialized_start=525
+  _globals['_LEAVE']._serialized_end=550
+  _globals['_REPLY']._serialized_start=553
+  _globals['_REPLY']._serialized_end=740
+  _globals['_WELCOME']._serialized_start=742
+  _globals['_WELCOME']._serialized_end=820
+  _globals['_READY']._serialized_start=822
+  _globals['_READY']._serialized_end=906
+  _globals['_RESULT']._serialized_start=909
+  _globals['_RESULT']._serialized_end=1038
+  _globals['_PART']._serialized_start=1040
+  _globals['_PART']._serialized_end=1072
+  _globals['_FAILURE']._serialized_start=1074
+  _globals['_FAILURE']._serialized_end=1132
+  _globals['_STEPEXCHANGE']._serialized_start=1134
+  _globals['_STEPEXCHANGE']._serialized_end=1213
 # @@protoc_insertion_point(module_scope)

@@ -20,6 +20,7 @@ from cluster.exchange.messages import (
     Malformed,
     Step,
     Work,
+    encode_leave,
     encode_step,
     num_rows,
 )
@@ -125,6 +126,13 @@ class StepStream:
                 answer.result().release()
             raise
         return answer.result()
+
+    def leave(self, sequence: str) -> bool:
+        """Tell the replica that a sequence has ended; whether a stream is there on which to tell it."""
+        if self.lost.done():
+            return False
+        self._requests.put_nowait(encode_leave(sequence))
+        return True
 
     async def close(self) -> None:
         """End the stream. Steps under way fail with ReplicaLost; rows that are held stay readable."""

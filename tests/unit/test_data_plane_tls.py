@@ -55,6 +55,9 @@ class Ones:
         self.coordinators.append(coordinator)
         return StepRows(torch.ones(len(step.work), 3))
 
+    def leave(self, coordinator: str, sequence: str) -> None:
+        pass
+
     async def detach(self, coordinator: str) -> None:
         pass
 

@@ -26,7 +26,9 @@ class Replica:
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         self.width, self.dtype = width, dtype
         self.steps: list[Step] = []
+        self.left: list[tuple[str, str]] = []
         self.detached: list[str] = []
+        self.detachment = asyncio.Event()
         self.gates: dict[str, asyncio.Event] = {}
 
     def gate(self, sequence: str) -> asyncio.Event:
@@ -47,8 +49,12 @@ class Replica:
                 rows += [row_of(item.tokens[index], self.width, self.dtype) for index in item.rows]
         return StepRows(torch.stack(rows) if rows else torch.empty(0, self.width, dtype=self.dtype), failures)
 
+    def leave(self, coordinator: str, sequence: str) -> None:
+        self.left.append((coordinator, sequence))
+
     async def detach(self, coordinator: str) -> None:
         self.detached.append(coordinator)
+        self.detachment.set()
 
 
 def row_of(token: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -288,18 +294,24 @@ async def test_a_stream_that_says_nothing_is_ended() -> None:
         assert await asyncio.wait_for(call.code(), TIMEOUT_S) == grpc.StatusCode.UNAUTHENTICATED
 
 
+async def test_the_handler_is_told_of_sequences_that_have_ended_and_not_those_of_a_lost_stream() -> None:
+    async with serving() as server, connected(server) as stream:
+        assert stream.leave("a")
+        (await stream.step([Work("b", 0, [1], [0])], timeout_s=TIMEOUT_S)).release()
+        assert server.replica.left == [("c", "a")]
+        await stream.close()
+        assert not stream.leave("b")
+
+
 async def test_the_handler_is_told_once_that_a_stream_has_ended() -> None:
     async with serving() as server:
         async with connected(server):
             await server.wait_attached("c", TIMEOUT_S)
             assert server.attached("c")
-            ended = asyncio.create_task(server.wait_detached("c"))
-            await asyncio.sleep(0)
-            assert not ended.done()
-        await asyncio.wait_for(ended, TIMEOUT_S)
+            assert server.replica.detached == []
+        await asyncio.wait_for(server.replica.detachment.wait(), TIMEOUT_S)
         assert not server.attached("c")
         assert server.replica.detached == ["c"]
-        await server.wait_detached("c")
         with pytest.raises(DeadlineExceeded, match="no stream"):
             await server.wait_attached("c", 0.01)
     assert server.replica.detached == ["c"]

@@ -77,6 +77,9 @@ class Checking:
         assert len({item.sequence for item in step.work}) == len(step.work)
         return StepRows(torch.zeros(sum(len(item.rows) for item in step.work), 2))
 
+    def leave(self, coordinator: str, sequence: str) -> None:
+        pass
+
     async def detach(self, coordinator: str) -> None:
         pass
 

@@ -72,8 +72,8 @@ class CompiledPass:
         cosine_PD, sine_PD = decoder.rotary_emb(zeros, torch.arange(max_context)[None])
         self._num_threads = torch.get_num_threads()
         # Written, not merely promised: memory that is missing is missed now, not under load.
-        self._keys = [torch.empty(num_blocks, num_key_heads, width, BLOCK_SIZE).zero_() for _ in layers]
-        self._values = [torch.empty(num_blocks, num_key_heads, BLOCK_SIZE, width).zero_() for _ in layers]
+        self._keys = torch.empty(len(layers), num_blocks, num_key_heads, width, BLOCK_SIZE).zero_()
+        self._values = torch.empty(len(layers), num_blocks, num_key_heads, BLOCK_SIZE, width).zero_()
         self._workspace = torch.empty(0)
         self._counters = np.zeros((4 + len(layers) * kernels.NUM_PHASES, 2), np.int64)
         self._layers = np.zeros((len(layers), kernels.NUM_LAYER_FIELDS), np.int64)
@@ -143,9 +143,8 @@ class CompiledPass:
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy keys and values between blocks; see `ForwardPass`."""
         for source, target, start, stop in copies:
-            for keys, values in zip(self._keys, self._values, strict=True):
-                keys[target, :, :, start:stop] = keys[source, :, :, start:stop]
-                values[target, :, start:stop] = values[source, :, start:stop]
+            self._keys[:, target, ..., start:stop] = self._keys[:, source, ..., start:stop]
+            self._values[:, target, :, start:stop] = self._values[:, source, :, start:stop]
 
     def _make_room(self, num_rows: int) -> None:
         """Give each of a pass's intermediate results a place; the largest pass decides how much there is."""
