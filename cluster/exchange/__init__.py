@@ -20,7 +20,8 @@ slot; the replica writes the rows there, the coordinator reads them in place and
 **Inline.** Rows travel in the Result when there are no slots, when none is free, or when the rows do not fit into one;
 all but the last half megabyte of them go ahead as Parts.
 
-**Order.** A stream's steps and leaves are handed to the handler in the order in which they were sent; results come in any order.
+**Order.** A stream's steps and leaves are handed to the handler in the order in which they were sent; results come in
+any order.
 
 **Who may.** A replica has a random token; a stream that does not show it is refused. With `Tls` both ends show
 certificates before a byte of the above is said.
