@@ -59,7 +59,8 @@ class Client:
                 if not attempts.is_finished:
                     time.sleep(attempts.pause_s(error))
             finally:
-                call.cancel()
+                if not attempts.is_finished:
+                    call.cancel()
 
 
 class AsyncClient:
@@ -77,13 +78,16 @@ class AsyncClient:
         attempts = Attempts(fields)
         while True:
             call = self._coordinator.generate.remote(**attempts.fields())
+            answer: Piece | None = None
             try:
                 with own_errors():
-                    return await call
+                    answer = await call
+                    return answer
             except REPEATABLE as error:
                 await asyncio.sleep(attempts.pause_s(error))
             finally:
-                call.cancel()
+                if answer is None:
+                    call.cancel()
 
     async def stream(self, **fields: Any) -> AsyncIterator[Piece]:
         """Yield an answer piece by piece; closing the iterator ends the request."""
@@ -99,7 +103,8 @@ class AsyncClient:
                 if not attempts.is_finished:
                     await asyncio.sleep(attempts.pause_s(error))
             finally:
-                call.cancel()
+                if not attempts.is_finished:
+                    call.cancel()
 
 
 def _coordinator() -> DeploymentHandle:

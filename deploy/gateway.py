@@ -115,14 +115,17 @@ class Gateway:
         attempts = Attempts(request.fields(), deadline_s=self._deadline_s)
         while True:
             call = self._coordinator.generate.remote(**attempts.fields())
+            answer: Piece | None = None
             try:
                 async with self._deadline(attempts):
                     with own_errors():
-                        return await call
+                        answer = await call
+                        return answer
             except REPEATABLE as error:
                 await asyncio.sleep(attempts.pause_s(error))
             finally:
-                call.cancel()
+                if answer is None:
+                    call.cancel()
 
     async def _stream(self, request: TextRequest) -> AsyncGenerator[list[Piece], None]:
         """An answer in pieces, as many at a time as there are; given up when the client leaves."""

@@ -38,8 +38,10 @@ LANES = 16 if _FEATURES.get("avx512f") else 8
 
 _MAX_ROWS = 8 if LANES == 16 else 4
 _NUM_VECTORS = 3
-_PREFETCHED = 32
-"""So many inputs ahead weights are asked for."""
+_GROUP = 64
+_CHUNK = 96
+"""Rows that are multiplied with the weights of so many inputs before the next inputs have their turn. Meanwhile these
+inputs' weights are asked for: memory then works as long as the multiplication does, and not in turn with it."""
 
 _UNSEEN = np.float32(-1e30)
 """The score of a position that a token does not see."""
@@ -161,6 +163,15 @@ def _spread(builder: Any, number: Any) -> Any:
     return builder.shuffle_vector(lane, undefined, ir.Constant(_INTS, [0] * LANES))
 
 
+def _sum_of_lanes(builder: Any, vector: Any) -> Any:
+    """The sum of a vector's numbers, from the first to the last."""
+    lanes = [builder.extract_element(vector, ir.Constant(_INT, lane)) for lane in range(LANES)]
+    total = lanes[0]
+    for lane in lanes[1:]:
+        total = builder.fadd(total, lane)
+    return total
+
+
 def _constant(number: float) -> Any:
     """A number that is known beforehand, in all lanes of a vector."""
     return ir.Constant(_VECTOR, [ir.Constant(_FLOAT, float(np.float32(number)))] * LANES)
@@ -242,11 +253,12 @@ def _tile(num_rows: int, num_vectors: int) -> Callable[..., None]:
         start_stride: Any,
         out: Any,
         out_stride: Any,
+        ahead: Any,
+        ahead_stride: Any,
     ) -> Any:
         def build(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
-            x, x_stride, weights, input_stride, vector_stride, num_inputs, start, start_stride, out, out_stride = (
-                arguments
-            )
+            x, x_stride, weights, input_stride, vector_stride, num_inputs = arguments[:6]
+            start, start_stride, out, out_stride, ahead, ahead_stride = arguments[6:]
             byte = ir.IntType(8).as_pointer()
             fma = _fma(builder)
             prefetch = cgutils.get_or_insert_function(
@@ -263,15 +275,15 @@ def _tile(num_rows: int, num_vectors: int) -> Callable[..., None]:
                 builder.store(_load(builder, at(at(start, row, start_stride), vector, width)), sums[row, vector])
             rows = [at(x, row, x_stride) for row in range(num_rows)]
             panels = [at(weights, vector, vector_stride) for vector in range(num_vectors)]
-            ahead = builder.mul(input_stride, ir.Constant(_LONG, _PREFETCHED))
             with cgutils.for_range(builder, num_inputs) as loop:
                 column = builder.mul(loop.index, input_stride)
+                asked = builder.add(ahead, builder.mul(loop.index, ahead_stride))
                 factors = []
                 for panel in panels:
                     address = builder.add(panel, column)
                     factors.append(_load(builder, address))
                     hint = [ir.Constant(_INT, number) for number in (0, 3, 1)]
-                    builder.call(prefetch, [builder.inttoptr(builder.add(address, ahead), byte), *hint])
+                    builder.call(prefetch, [builder.inttoptr(builder.add(panel, asked), byte), *hint])
                 offset = builder.mul(loop.index, ir.Constant(_LONG, 4))
                 for row in range(num_rows):
                     number = builder.load(builder.inttoptr(builder.add(rows[row], offset), _FLOAT.as_pointer()))
@@ -283,7 +295,7 @@ def _tile(num_rows: int, num_vectors: int) -> Callable[..., None]:
                 _store(builder, builder.load(sums[row, vector]), at(at(out, row, out_stride), vector, width))
             return _nothing()
 
-        return types.void(*[types.int64] * 10), build
+        return types.void(*[types.int64] * 12), build
 
     return tile
 
@@ -297,45 +309,49 @@ _tile_1x3, _tile_2x3, _tile_3x3, _tile_4x3, _tile_5x3, _tile_6x3, _tile_7x3, _ti
 
 
 @compiled
-def _tiles_x1(m: int, x: int, xs: int, w: int, ws: int, vs: int, k: int, s: int, ss: int, out: int, outs: int) -> None:
+def _tiles_x1(
+    m: int, x: int, xs: int, w: int, ws: int, vs: int, k: int, s: int, ss: int, out: int, outs: int, a: int, as_: int
+) -> None:
     """One vector of columns of m rows, at most `_MAX_ROWS`."""
     if m == 1:
-        _tile_1x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_1x1(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
     elif m == 2:
-        _tile_2x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_2x1(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
     elif m == 3:
-        _tile_3x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_3x1(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
     elif m == 4:
-        _tile_4x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_4x1(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
     elif m == 5:
-        _tile_5x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_5x1(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
     elif m == 6:
-        _tile_6x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_6x1(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
     elif m == 7:
-        _tile_7x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_7x1(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
     else:
-        _tile_8x1(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_8x1(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
 
 
 @compiled
-def _tiles_x3(m: int, x: int, xs: int, w: int, ws: int, vs: int, k: int, s: int, ss: int, out: int, outs: int) -> None:
+def _tiles_x3(
+    m: int, x: int, xs: int, w: int, ws: int, vs: int, k: int, s: int, ss: int, out: int, outs: int, a: int, as_: int
+) -> None:
     """Three vectors of columns of m rows, at most `_MAX_ROWS`."""
     if m == 1:
-        _tile_1x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_1x3(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
     elif m == 2:
-        _tile_2x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_2x3(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
     elif m == 3:
-        _tile_3x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_3x3(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
     elif m == 4:
-        _tile_4x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_4x3(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
     elif m == 5:
-        _tile_5x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_5x3(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
     elif m == 6:
-        _tile_6x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_6x3(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
     elif m == 7:
-        _tile_7x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_7x3(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
     else:
-        _tile_8x3(x, xs, w, ws, vs, k, s, ss, out, outs)
+        _tile_8x3(x, xs, w, ws, vs, k, s, ss, out, outs, a, as_)
 
 
 @compiled
@@ -352,8 +368,12 @@ def _multiply(
     out: int,
     out_stride: int,
     num_vectors: int,
+    ahead: int,
 ) -> None:
-    """out = start + x W for n vectors of columns. Strides are in bytes; a start of stride 0 serves all rows."""
+    """out = start + x W for n vectors of columns. Strides are in bytes; a start of stride 0 serves all rows.
+
+    Meanwhile memory is asked for that will be needed next: so far ahead of each weight.
+    """
     width = 4 * LANES
     for row in range(0, num_rows, _MAX_ROWS):
         m = min(_MAX_ROWS, num_rows - row)
@@ -363,14 +383,14 @@ def _multiply(
             wv = weights + v * vector_stride
             _tiles_x3(
                 m, xr, x_stride, wv, input_stride, vector_stride, num_inputs,
-                sr + v * width, start_stride, outr + v * width, out_stride,
+                sr + v * width, start_stride, outr + v * width, out_stride, ahead, input_stride,
             )  # fmt: skip
             v += _NUM_VECTORS
         while v < num_vectors:
             wv = weights + v * vector_stride
             _tiles_x1(
                 m, xr, x_stride, wv, input_stride, vector_stride, num_inputs,
-                sr + v * width, start_stride, outr + v * width, out_stride,
+                sr + v * width, start_stride, outr + v * width, out_stride, ahead, input_stride,
             )  # fmt: skip
             v += 1
 
@@ -393,10 +413,35 @@ def _multiply_panels(
     width = 4 * LANES
     p = _add_one(counter) * _NUM_VECTORS
     while p < num_panels:
-        _multiply(
-            num_rows, x, 4 * num_inputs, weights + p * panel, width, panel, num_inputs,
-            start + p * width, start_stride, out + p * width, out_stride, min(_NUM_VECTORS, num_panels - p),
-        )  # fmt: skip
+        num_vectors = min(_NUM_VECTORS, num_panels - p)
+        for first in range(0, num_rows, _GROUP):
+            last = min(first + _GROUP, num_rows)
+            num_blocks = (last - first + _MAX_ROWS - 1) // _MAX_ROWS
+            for k in range(0, num_inputs, _CHUNK):
+                num = min(_CHUNK, num_inputs - k)
+                w = weights + p * panel + k * width
+                following = _CHUNK * width
+                if k + _CHUNK >= num_inputs:
+                    # The piece that is to be taken next, perhaps by this thread.
+                    following = (_read_shared(counter) * _NUM_VECTORS - p) * panel - k * width
+                for block in range(num_blocks):
+                    row = first + block * _MAX_ROWS
+                    m = min(_MAX_ROWS, last - row)
+                    xr = x + 4 * (row * num_inputs + k)
+                    outr = out + row * out_stride + p * width
+                    sr, ss = (outr, out_stride) if k > 0 else (start + row * start_stride + p * width, start_stride)
+                    # Each block of rows asks for a part of them.
+                    ahead, ahead_stride = following + num * block // num_blocks * width, width // num_blocks
+                    if num_vectors == _NUM_VECTORS:
+                        _tiles_x3(
+                            m, xr, 4 * num_inputs, w, width, panel, num, sr, ss, outr, out_stride, ahead, ahead_stride
+                        )  # fmt: skip
+                    else:
+                        for v in range(num_vectors):
+                            _tiles_x1(
+                                m, xr, 4 * num_inputs, w + v * panel, width, panel, num, sr + v * width, ss,
+                                outr + v * width, out_stride, ahead, ahead_stride,
+                            )  # fmt: skip
         _finish(counter)
         p = _add_one(counter) * _NUM_VECTORS
     return (num_panels + _NUM_VECTORS - 1) // _NUM_VECTORS
@@ -475,11 +520,7 @@ def _soften(_context: Any, address: Any, num_vectors: Any, best: Any, scale: Any
             weights = _exponential(builder, x)
             _store(builder, weights, place)
             builder.store(builder.fadd(builder.load(sums), weights), sums)
-        lanes = [builder.extract_element(builder.load(sums), ir.Constant(_INT, lane)) for lane in range(LANES)]
-        total = lanes[0]
-        for lane in lanes[1:]:
-            total = builder.fadd(total, lane)
-        return total
+        return _sum_of_lanes(builder, builder.load(sums))
 
     return types.float32(types.int64, types.int64, types.float32, types.float32), build
 
@@ -504,17 +545,27 @@ def _gate(_context: Any, gates: Any, passing: Any, out: Any, num_vectors: Any) -
     return types.void(*[types.int64] * 4), build
 
 
+@intrinsic
+def _sum_of_squares(_context: Any, address: Any, num_vectors: Any) -> Any:
+    """The sum of the squares of some vectors' numbers."""
+
+    def build(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        address, num_vectors = arguments
+        fma = _fma(builder)
+        sums = cgutils.alloca_once_value(builder, _constant(0))
+        with cgutils.for_range(builder, num_vectors) as loop:
+            x = _load(builder, _next(builder, address, loop.index))
+            builder.store(builder.call(fma, [x, x, builder.load(sums)]), sums)
+        return _sum_of_lanes(builder, builder.load(sums))
+
+    return types.float32(types.int64, types.int64), build
+
+
 @compiled
 def _normalise(source: int, scale: int, target: int, width: int, epsilon: float) -> None:
     """An RMS norm, scale * x / sqrt(mean(x^2) + epsilon) (arXiv 1910.07467), of one row."""
     x, w, out = carray(_floats(source), width), carray(_floats(scale), width), carray(_floats(target), width)
-    lanes = np.zeros(LANES, np.float32)
-    for i in range(0, width, LANES):
-        for j in range(LANES):
-            lanes[j] += x[i + j] * x[i + j]
-    total = np.float32(0)
-    for j in range(LANES):
-        total += lanes[j]
+    total = _sum_of_squares(source, width // LANES)
     factor = np.float32(1) / np.sqrt(total / np.float32(width) + epsilon)
     for i in range(width):
         out[i] = w[i] * (x[i] * factor)
@@ -560,8 +611,8 @@ def _place_heads(job: Table, layer: Table, token: int, epsilon: float) -> None:
 
 
 @compiled
-def _attend(job: Table, layer: Table, item: int, scores: int, scale: float) -> None:
-    """Attend with one token's queries of one key-value head."""
+def _attend(job: Table, layer: Table, item: int, following: int, scores: int, scale: float) -> None:
+    """Attend with one token's queries of one key-value head; ask for the keys of the item that follows."""
     num_heads, num_key_heads, width = job[NUM_HEADS], job[NUM_KEY_HEADS], job[HEAD_WIDTH]
     token, head = item // num_key_heads, item % num_key_heads
     num_queries = num_heads // num_key_heads
@@ -572,6 +623,12 @@ def _attend(job: Table, layer: Table, item: int, scores: int, scale: float) -> N
     queries = job[HEADS] + 4 * (token * (num_heads + 2 * num_key_heads) + head * num_queries) * width
     score_stride = 4 * job[MAX_CONTEXT]
     size = 4 * num_key_heads * width * BLOCK_SIZE
+    next_token, next_head = following // num_key_heads, following % num_key_heads
+    next_length = carray(_longs(job[POSITIONS]), job[NUM_TOKENS])[next_token] + 1
+    next_num_blocks = (next_length + BLOCK_SIZE - 1) // BLOCK_SIZE
+    next_blocks = carray(_longs(carray(_longs(job[TABLES]), job[NUM_TOKENS])[next_token]), next_num_blocks)
+    # A head's values in a block take as much memory as its keys, at the same place.
+    to_values = layer[VALUES] - layer[KEYS]
     b = first_block
     while b < num_blocks:
         # Blocks that lie at even distances are columns of one product.
@@ -581,7 +638,7 @@ def _attend(job: Table, layer: Table, item: int, scores: int, scale: float) -> N
             num_queries, queries, 4 * width,
             layer[KEYS] + blocks[b] * size + 4 * head * width * BLOCK_SIZE, 4 * BLOCK_SIZE,
             step if is_even else 4 * LANES, width, job[ZEROS], 0, scores + 4 * b * BLOCK_SIZE, score_stride,
-            _NUM_VECTORS if is_even else BLOCK_SIZE // LANES,
+            _NUM_VECTORS if is_even else BLOCK_SIZE // LANES, to_values,
         )  # fmt: skip
         b += _NUM_VECTORS if is_even else 1
     out = job[ATTENDED] + 4 * (token * num_heads + head * num_queries) * width
@@ -600,10 +657,12 @@ def _attend(job: Table, layer: Table, item: int, scores: int, scale: float) -> N
         begin = max(first, b * BLOCK_SIZE)
         end = min(length, (b + 1) * BLOCK_SIZE)
         place = 4 * (head * BLOCK_SIZE + begin % BLOCK_SIZE) * width
+        next_block = next_blocks[min(b, next_num_blocks - 1)]
+        to_next = (next_block - blocks[b]) * size + 4 * (next_head - head) * width * BLOCK_SIZE - to_values
         _multiply(
             num_queries, scores + 4 * begin, score_stride,
             layer[VALUES] + blocks[b] * size + place, 4 * width, 4 * LANES, end - begin,
-            start, start_stride, out, 4 * width, width // LANES,
+            start, start_stride, out, 4 * width, width // LANES, to_next,
         )  # fmt: skip
         start, start_stride = out, 4 * width
     for query in range(num_queries):
@@ -669,9 +728,10 @@ def _run(address: int) -> None:
         counter = _wait(counter, n)
         i = _add_one(counter)
         while i < n * num_key_heads:
-            _attend(job, layer, i, scores, scale)
+            following = _add_one(counter)
+            _attend(job, layer, i, min(following, n * num_key_heads - 1), scores, scale)
             _finish(counter)
-            i = _add_one(counter)
+            i = following
         counter = _wait(counter, n * num_key_heads)
         num_pieces = _multiply_panels(
             counter, n, job[ATTENDED], num_heads * width, layer[ATTENDED_PRODUCT], hidden // LANES,
