@@ -5,8 +5,10 @@ how it is computed fast in `kernels` and `filters`. Not among the package's name
 coordinators only.
 """
 
+import threading
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from actors.guidance.merge import Guidance
 from actors.guidance.sampling import Sampling
 
 _MASK = 2**32 - 1
+
+_rooms = threading.local()
 
 
 def merge_and_draw(
@@ -49,13 +53,22 @@ def warm_up() -> None:
 
 
 def _merged(base: Tensor, guides: Sequence[Guidance]) -> Floats:
-    """A row's guided logits, float32 [V]: the base's own memory where it has no guides."""
+    """A row's guided logits, float32 [V]: the base's own memory where it has no guides, else what the next row takes."""
     z_V = _floats(base)
     if guides:
-        z_V = z_V.copy()
+        base_V, z_V = z_V, _room(len(z_V))
+        z_V[:] = base_V
         for weight, logits_U in guides:
             add_guide(z_V, _floats(logits_U), float(weight))
     return z_V
+
+
+def _room(size: int) -> Floats:
+    """This thread's memory for a row: fresh pages would take longer than to fill them."""
+    room: Floats | None = getattr(_rooms, "room", None)
+    if room is None or len(room) < size:
+        room = _rooms.room = np.empty(size, np.float32)
+    return room[:size]
 
 
 def _draw(z_V: Floats, sampling: Sampling, position: int, sample: int) -> int | None:
