@@ -65,7 +65,7 @@ def model_options(args: BaseModelSettings) -> dict[str, Any]:
         "max_ongoing_requests": args.max_sequences,
         "ray_actor_options": actor,
         "request_router_config": RequestRouterConfig(request_router_class=LeaseRouter),
-        # A lease ends by being cancelled, so its line in the access log would look like a failure.
+        # A lease's line in the access log would tell nothing that its request's does not.
         "logging_config": {"enable_access_log": False},
         **life_options(args.health, args.drain_s),
     }

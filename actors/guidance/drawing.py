@@ -53,7 +53,7 @@ def warm_up() -> None:
 
 
 def _merged(base: Tensor, guides: Sequence[Guidance]) -> Floats:
-    """A row's guided logits, float32 [V]: the base's own memory where it has no guides, else what the next row takes."""
+    """A row's guided logits, float32 [V]: the base's own memory, or with guides that which the next row takes."""
     z_V = _floats(base)
     if guides:
         base_V, z_V = z_V, _room(len(z_V))

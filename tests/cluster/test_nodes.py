@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 import requests
 import yaml
 from openai import AsyncOpenAI
+from openai.types import Completion
 from ray.cluster_utils import Cluster
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
@@ -31,8 +32,13 @@ MAX_TOKENS = 24
 BASE_RANKS = 2
 """`tensor_parallel` of the base."""
 
-BASE = tiny.talkative(tiny.llama(80))
-GUIDES = {"kind": tiny.qwen3(80, seed=1), "terse": tiny.llama(80, seed=2)}
+LONG = 1500
+MAX_CONTEXT = 2048
+BASE = tiny.talkative(tiny.llama(80, max_position_embeddings=MAX_CONTEXT))
+GUIDES = {
+    "kind": tiny.qwen3(80, seed=1, max_position_embeddings=MAX_CONTEXT),
+    "terse": tiny.llama(80, seed=2, max_position_embeddings=MAX_CONTEXT),
+}
 WEIGHTS: list[dict[str, float]] = [{}, {"kind": 1.0}, {"terse": -0.8}, {"kind": 0.6, "terse": 1.7}]
 REQUESTS: list[dict[str, Any]] = [
     {"prompt": ("the quick brown fox jumps over the lazy dog. " * 2)[i : i + 1 + 5 * i], "weights": WEIGHTS[i % 4]}
@@ -69,17 +75,30 @@ class Nodes:
             for name, deployment in details["deployments"].items()
         }
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many replicas of each deployment are in which state, as `serve status` says."""
+        command = [str(BIN / "serve"), "status", "--address", self.dashboard]
+        told = subprocess.run(command, check=True, capture_output=True, timeout=120).stdout
+        return {
+            f"{application}/{name}": deployment["replica_states"]
+            for application, details in yaml.safe_load(told)["applications"].items()
+            for name, deployment in details["deployments"].items()
+        }
+
     def nodes_of(self, deployment: str) -> list[str]:
         return [replica["node_id"] for replica in self.replicas()[deployment]]
 
 
-def config(directories: dict[str, str], port: int, *, num_terse: int = 1, **profiles: Any) -> dict[str, Any]:
+def config(
+    directories: dict[str, str], port: int, *, num_terse: int = 1, num_coordinators: int = 2, **profiles: Any
+) -> dict[str, Any]:
     """The base by a custom resource, guides by labels, coordinators on both kinds of nodes."""
+    context = {"max_context": MAX_CONTEXT}
     pool = {"cpus": 0.1, "labels": {"pool": "guides"}}
     base = {"cpus": 0.1, "custom": {"base_node": 1.0}}
     settings = service_config(
-        model_args(directories["base"], resources=base, tensor_parallel=BASE_RANKS),
-        {name: model_args(directories[name], base=directories["base"], resources=pool) for name in GUIDES},
+        model_args(directories["base"], resources=base, tensor_parallel=BASE_RANKS, **context),
+        {name: model_args(directories[name], base=directories["base"], resources=pool, **context) for name in GUIDES},
         profiles=profiles,
     )
     applications = {application["name"]: application for application in settings["applications"]}
@@ -88,7 +107,7 @@ def config(directories: dict[str, str], port: int, *, num_terse: int = 1, **prof
     terse["deployments"] = [{"name": "Guide", "num_replicas": num_terse}]
     coordinator = settings["applications"][-1]["deployments"][1]
     coordinator |= {
-        "num_replicas": 2,
+        "num_replicas": num_coordinators,
         "max_replicas_per_node": 1,
         "ray_actor_options": {"num_cpus": 0.1, "label_selector": {"pool": "in(base,guides)"}},
     }
@@ -136,13 +155,13 @@ def tokens_of(text: str) -> list[int]:
 
 
 @functools.cache
-def reference(prompt: str, weights: tuple[tuple[str, float], ...]) -> ReferenceText:
+def reference(prompt: str, weights: tuple[tuple[str, float], ...], max_tokens: int = MAX_TOKENS) -> ReferenceText:
     voices = [Voice(model=GUIDES[name], prompt=tokens_of(prompt), weight=weight) for name, weight in weights]
     return generate(
         Voice(model=BASE, prompt=tokens_of(prompt)),
         voices,
         sampling=Sampling(temperature=0),
-        max_tokens=MAX_TOKENS,
+        max_tokens=max_tokens,
         end_tokens={0},
     )
 
@@ -207,8 +226,10 @@ def test_leases_go_to_the_replica_on_the_same_node_while_it_has_room(nodes: Node
             assert all(5 <= count <= 15 for count in where.values()), where
 
 
-async def test_a_changed_file_scales_a_guide_and_adds_a_profile_while_answers_are_written(nodes: Nodes) -> None:
-    guide, base = "trimtab-guide-terse/Guide", "trimtab-base/BaseModel"
+async def test_changed_files_scale_a_guide_and_coordinators_and_add_a_profile_while_answers_are_written(
+    nodes: Nodes,
+) -> None:
+    guide, base, coordinator = "trimtab-guide-terse/Guide", "trimtab-base/BaseModel", "trimtab/Coordinator"
     written: list[tuple[dict[str, Any], str]] = []
     is_over = asyncio.Event()
 
@@ -219,20 +240,23 @@ async def test_a_changed_file_scales_a_guide_and_adds_a_profile_while_answers_ar
             request = REQUESTS[number % len(REQUESTS)]
             written.append((request, await answer(client, request)))
 
-    async def change(num_replicas: int, **profiles: Any) -> None:
-        await asyncio.to_thread(nodes.deploy, num_terse=num_replicas, **profiles)
+    async def change(num_terse: int, num_coordinators: int, **profiles: Any) -> None:
+        numbers = {"num_terse": num_terse, "num_coordinators": num_coordinators}
+        await asyncio.to_thread(nodes.deploy, **numbers, **profiles)
+        wanted = {guide: {"RUNNING": num_terse}, coordinator: {"RUNNING": num_coordinators}}
         async with asyncio.timeout(START_TIMEOUT_S):
             while True:
-                running = (await asyncio.to_thread(nodes.replicas))[guide]
-                if [replica["state"] for replica in running] == ["RUNNING"] * num_replicas:
+                counts = await asyncio.to_thread(nodes.counts)
+                if wanted.items() <= counts.items():
                     return
                 await asyncio.sleep(0.5)
 
     before = nodes.replicas()
     async with client_of(nodes) as client:
         load = [asyncio.create_task(ask(client, first)) for first in range(8)]
-        await change(3)
-        await change(1, brief={"terse": 0.7})
+        await change(3, 1)
+        await change(1, 2)
+        await change(1, 1, brief={"terse": 0.7})
         models = [model.id async for model in await client.models.list()]
         is_over.set()
         await asyncio.gather(*load)
@@ -240,5 +264,34 @@ async def test_a_changed_file_scales_a_guide_and_adds_a_profile_while_answers_ar
     assert "brief" in models
     compare([*written, ({"prompt": "hello", "weights": {"terse": 0.7}}, profile.choices[0].text)])
     after = nodes.replicas()
-    for deployment in (base, "trimtab-guide-kind/Guide", "trimtab/Coordinator"):
+    for deployment in (base, "trimtab-guide-kind/Guide"):
         assert {each["replica_id"] for each in before[deployment]} == {each["replica_id"] for each in after[deployment]}
+
+
+async def test_a_stream_ends_as_it_began_while_its_profile_is_changed(nodes: Nodes) -> None:
+    async def change(name: str, **profiles: Any) -> None:
+        await asyncio.to_thread(nodes.deploy, **profiles)
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while True:
+                if name in [model.id async for model in await client.models.list()]:
+                    return
+                await asyncio.sleep(0.2)
+
+    async def read(stream: AsyncIterable[Completion]) -> str:
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async with client_of(nodes) as client:
+        await change("brief", brief={"terse": 0.7})
+        stream = await client.completions.create(
+            model="brief", prompt="hello", max_tokens=LONG, temperature=0, stream=True
+        )
+        text = (await anext(stream)).choices[0].text
+        reading = asyncio.create_task(read(stream))
+        await change("other", brief={"terse": -0.5}, other={"kind": 1.0})
+        now = await client.completions.create(model="brief", prompt="hello", max_tokens=MAX_TOKENS, temperature=0)
+        assert not reading.done()
+        text += await reading
+    comparison = Comparison()
+    comparison.add("the stream", tokens_of(text), reference("hello", (("terse", 0.7),), LONG))
+    comparison.finish()
+    compare([({"prompt": "hello", "weights": {"terse": -0.5}}, now.choices[0].text)])
