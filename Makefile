@@ -39,7 +39,7 @@ chaos: $(VENV)/installed-dev
 # Speed beside transformers `generate`, as a table and in results/bench; about 40 minutes. ARGS="--help" says how to shorten.
 ARGS ?=
 bench: $(VENV)/installed-dev models
-	$(BIN)/python -m bench.run $(ARGS)
+	RAY_SERVE_PROXY_USE_GRPC=1 $(BIN)/python -m bench.run $(ARGS)
 
 # Format, lint and types.
 check: $(VENV)/installed-dev
