@@ -5,11 +5,14 @@ the other one displaced. One after the other they are done sooner than side by s
 """
 
 import fcntl
+import logging
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 class Turns:
@@ -45,7 +48,7 @@ class Turns:
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Take no more turns."""
+        """Take no more turns; to be called between two of them."""
         self._is_closed = True
         self._asked.release()
 
@@ -74,7 +77,13 @@ class Turns:
             if self._is_closed:
                 os.close(self._descriptor)
                 return
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            except OSError as error:
+                logger.warning("no turns can be had: %s", error)
+                with self._state:
+                    self._is_asking = False
+                continue
             with self._state:
                 self._is_asking = False
                 if self._is_waited_for:

@@ -20,6 +20,7 @@ from actors.guidance.sampling import Sampling
 _MASK = 2**32 - 1
 
 _rooms = threading.local()
+"""One row's memory for each thread that draws, as long as the thread lives: see `_room`."""
 
 
 def merge_and_draw(

@@ -73,8 +73,6 @@ class Attachment:
 
     def __init__(self, coordinator: str, context: Any, handler: StepHandler, terms: Terms, traffic: Traffic) -> None:
         self.coordinator = coordinator
-        self.is_over = False
-        """Whether what was held for it has been freed, or is just about to be."""
         self.detached = asyncio.Event()
         self._context = context
         self._handler = handler
@@ -114,7 +112,6 @@ class Attachment:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._slots = None
-        self.is_over = True
         try:
             await self._handler.detach(self.coordinator)
         except Exception:

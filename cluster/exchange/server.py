@@ -112,9 +112,8 @@ class StepServer:
             self._server = None
 
     def attached(self, coordinator: str) -> bool:
-        """Whether the coordinator has a stream here, for which something may be held."""
-        attachment = self._attachments.get(coordinator)
-        return attachment is not None and not attachment.is_over
+        """Whether the coordinator has a stream here."""
+        return coordinator in self._attachments
 
     async def wait_attached(self, coordinator: str, timeout_s: float) -> None:
         """Wait until the coordinator has a stream here.

@@ -1,7 +1,8 @@
 """The coordinator's end of a stream: steps out, rows in."""
 
 import asyncio
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -48,6 +49,8 @@ class StepStream:
         self._free_slots = [] if slots is None else list(range(slots.layout.num_slots))
         self._outstanding: dict[int, Outstanding] = {}
         self._last_id = 0
+        # Leaves, by the last step before them: a result of a later step says that the replica has heard.
+        self._unheard: deque[tuple[int, Callable[[], object]]] = deque()
         self._requests: asyncio.Queue[bytes] = asyncio.Queue()
         self._tasks = [asyncio.create_task(self._send()), asyncio.create_task(self._receive())]
 
@@ -127,12 +130,16 @@ class StepStream:
             raise
         return answer.result()
 
-    def leave(self, sequence: str) -> bool:
-        """Tell the replica that a sequence has ended; whether a stream is there on which to tell it."""
+    def leave(self, sequence: str, on_loss: Callable[[], object]) -> None:
+        """Tell the replica that a sequence has ended.
+
+        on_loss: called if the stream is over, or ends before it is certain that the replica has heard.
+        """
         if self.lost.done():
-            return False
+            on_loss()
+            return
         self._requests.put_nowait(encode_leave(sequence))
-        return True
+        self._unheard.append((self._last_id, on_loss))
 
     async def close(self) -> None:
         """End the stream. Steps under way fail with ReplicaLost; rows that are held stay readable."""
@@ -199,6 +206,8 @@ class StepStream:
         if kind == "part":
             outstanding.add(reply.part.rows)
             return
+        while self._unheard and self._unheard[0][0] < step_id:
+            self._unheard.popleft()
         has_slot = outstanding.finish(reply.result)
         del self._outstanding[step_id]
         if outstanding.slot != NO_SLOT and not has_slot:
@@ -216,3 +225,5 @@ class StepStream:
             if not outstanding.answer.done():
                 outstanding.answer.set_exception(ReplicaLost(str(self.lost.result())))
         self._outstanding.clear()
+        while self._unheard:
+            self._unheard.popleft()[1]()

@@ -1,5 +1,6 @@
 """The door of the gateway: what is asked before its application sees a request."""
 
+import asyncio
 import logging
 import os
 import time
@@ -16,6 +17,7 @@ from cluster.errors import InvalidConfiguration
 from deploy.access.body import Denied, Gone, check_headers, check_json, header, read_body
 from deploy.access.exposure import Ports, public_address
 from deploy.access.keys import KeyRing
+from deploy.access.pace import Pace
 from deploy.access.serving import http_ports
 
 OPEN_PATHS = frozenset({"/health"})
@@ -54,6 +56,7 @@ class Access:
             clock: in seconds.
         """
         self.limits = settings.limits
+        self.refusals = Pace(settings.limits.refusals_per_s, clock)
         self._keys = keys
         self._ports = None if keys is not None or settings.security.allow_public_without_keys else ports
         self._clock = clock
@@ -148,6 +151,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         access = self._access()
+        send = _paced(send, access.refusals)
         try:
             scope[CALLER] = access.identify(scope)
             with access.room():
@@ -158,6 +162,17 @@ class Guard:
             await answer(scope, receive, send)
         except Gone:
             pass
+
+
+def _paced(send: Send, refusals: Pace) -> Send:
+    """What sends an answer; where it refuses the request, when its turn has come."""
+
+    async def paced(message: Message) -> None:
+        if message["type"] == "http.response.start" and 400 <= message["status"] < 500:
+            await asyncio.sleep(refusals.take())
+        await send(message)
+
+    return paced
 
 
 async def _body(scope: Scope, receive: Receive, access: Access) -> bytes:

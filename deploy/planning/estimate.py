@@ -3,7 +3,7 @@
 A decoding step of R rows, all in seconds:
 
     products    max(weights read / bandwidth, 2 * weights * R / rate)      per rank
-    attention   3 * keys and values of all R sequences / bandwidth         they are gathered: read, written, read
+    attention   p * keys and values of all R sequences / bandwidth         p: how often they pass through memory
     model       products + attention + small operations of all layers      on processors
                 max(products + attention, small operations)                on GPUs, where they are started ahead
                 + two sums over all ranks for each layer                    with tensor parallelism
@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from deploy.planning.hardware import REPLICA_S
 from deploy.planning.service import Model, Service
 
-ATTENTION_PASSES = 3
 ALL_REDUCE_S = 30e-6
 """Of one sum over ranks, whatever its size."""
 
@@ -126,7 +125,7 @@ def attention_s(model: Model, rows: int, context: int) -> float:
     """Return the time of a step's attention, which is that of moving keys and values."""
     cached = rows * context * model.shape.cache_per_token * model.itemsize / model.tensor_parallel
     accelerator = model.accelerator
-    return ATTENTION_PASSES * cached / (accelerator.memory_gb_s * 1e9 * accelerator.bandwidth_share)
+    return accelerator.attention_passes * cached / (accelerator.memory_gb_s * 1e9 * accelerator.bandwidth_share)
 
 
 def ranks_s(model: Model, rows: int) -> float:

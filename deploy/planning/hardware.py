@@ -50,6 +50,9 @@ class Accelerator:
     layer_s: float = 300e-6
     """Small operations of a layer that products do not hide: started one by one from Python."""
 
+    attention_passes: float = 3
+    """How often attention passes keys and values through memory: gathered, they are read, written and read."""
+
     is_processor: bool = False
     """Whether models on one machine share it."""
 
@@ -150,26 +153,34 @@ def this_machine(*, dtype: str, rows: int) -> Accelerator:
     num_rows = max(rows, 2)
     one_s, many_s = (_run_s(products, torch.full((count, PROBE_SHAPE[1]), 0.01, dtype=kind)) for count in (1, num_rows))
     gb_s, tflops = PROBE_BYTES / one_s / 1e9, 2 * num_numbers * num_rows / many_s / 1e12
+    # docs/performance.md: attention reads keys and values once, at somewhat less than the products' rate, and small
+    # operations take 0.5 to 2 ms of 30 layers. Without the compiled pass products take longer than one after the other
+    # by themselves, and small operations 5 to 6 ms.
+    is_compiled = _is_compiled(kind)
     return Accelerator(
         name=THIS_MACHINE,
         memory_gb=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
         memory_gb_s=gb_s,
         tflops=MappingProxyType({dtype: tflops}),
-        # docs/performance.md: in a step, products take longer than one after the other by themselves, and small
-        # operations 5 to 6 ms of 30 layers.
-        bandwidth_share=0.8,
-        tflops_share=0.8,
-        layer_s=180e-6,
+        bandwidth_share=0.95 if is_compiled else 0.8,
+        tflops_share=0.95 if is_compiled else 0.8,
+        attention_passes=1.2 if is_compiled else 3,
+        layer_s=50e-6 if is_compiled else 180e-6,
         is_processor=True,
         link_gb_s=LOOPBACK.bytes_per_s / 1e9,
         source=f"measured now: {gb_s:.1f} GB/s with one row, {1e3 * tflops:.0f} GFLOP/s with {num_rows}, {dtype}",
     )
 
 
+def _is_compiled(kind: torch.dtype) -> bool:
+    """Whether models are computed by the engine's own kernels, as those are that they were made for."""
+    return kind == torch.float32 and kernels.IS_FAST and has_team()
+
+
 def _products(kind: torch.dtype, count: int) -> list[Callable[[torch.Tensor], torch.Tensor]]:
     """Products as the engine has them on processors."""
     linears = [nn.Linear(PROBE_SHAPE[1], PROBE_SHAPE[0], bias=False, dtype=kind) for _ in range(count)]
-    if kind == torch.float32 and kernels.IS_FAST and has_team():
+    if _is_compiled(kind):
         return [Product.of(linear.weight.detach(), None) for linear in linears]
     return [*linears]
 

@@ -84,6 +84,7 @@ def serve_run(config: dict[str, Any], folder: Path, **environment: str) -> Itera
         yield ServeRun(process, folder / "log")
         if process.poll() is None:
             family = psutil.Process(process.pid).children(recursive=True)
+            assert family
             process.send_signal(signal.SIGINT)
             process.wait(120)
             _, left = psutil.wait_procs(family, timeout=60)

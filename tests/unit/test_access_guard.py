@@ -19,7 +19,9 @@ from deploy.access import Access, Guard, caller_of
 from deploy.access.body import MAX_DEPTH, depth
 from deploy.access.exposure import Ports
 from deploy.access.keys import KeyRing
+from deploy.access.pace import Pace
 
+REFUSED = ((b"content-type", b"text/plain"),)
 JSON = (b"content-type", b"application/json")
 LIMITS = {"limits": {"max_body_bytes": 2048, "max_open_requests": 2, "body_timeout_s": 0.2}}
 
@@ -208,3 +210,29 @@ def test_depth_takes_no_longer_for_hostile_bodies(hostile: bytes) -> None:
     start = time.perf_counter()
     depth(hostile)
     assert time.perf_counter() - start < 10
+
+
+async def test_refusals_wait_for_their_turn_and_answers_do_not() -> None:
+    settings = CoordinatorSettings.model_validate({"limits": {"refusals_per_s": 4}})
+    client = Client(Access(settings, None, None))
+    start = time.monotonic()
+    for _ in range(4):
+        assert (await client.ask(headers=REFUSED))[0] == 415
+    at_once_s = time.monotonic() - start
+    for _ in range(3):
+        assert (await client.ask(headers=REFUSED))[0] == 415
+    refused_s = time.monotonic() - start
+    assert refused_s >= 0.5 > at_once_s
+    start = time.monotonic()
+    assert (await client.ask())[0] == 200
+    assert time.monotonic() - start < 0.2
+
+
+def test_a_place_comes_by_and_by_and_at_the_latest_after_a_second() -> None:
+    now = 100.0
+    pace = Pace(10, lambda: now)
+    assert [pace.take() for _ in range(10)] == [0.0] * 10
+    assert [round(pace.take(), 6) for _ in range(4)] == [0.0, 0.1, 0.2, 0.3]
+    assert max(pace.take() for _ in range(100)) == 1.0
+    now += 60
+    assert [pace.take() for _ in range(10)] == [0.0] * 10

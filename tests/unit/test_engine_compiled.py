@@ -100,7 +100,7 @@ def test_hidden_states_are_those_of_the_model(name: str) -> None:
     torch.testing.assert_close(rows, expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
 
 
-@pytest.fixture(params=["llama", "sliding window"])
+@pytest.fixture(params=["llama", "sliding window", "wide heads"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     return compiled_engine(build_model(request.param))
 

@@ -50,6 +50,7 @@ steps = st.builds(
 requests = st.one_of(
     st.builds(lambda step: step_pb2.Request(step=step), steps),
     st.builds(lambda nonce: step_pb2.Request(proof=step_pb2.MemoryProof(nonce=nonce)), st.binary(max_size=40)),
+    st.builds(lambda name: step_pb2.Request(leave=step_pb2.Leave(sequence=name)), st.text(max_size=3)),
     st.builds(lambda name: step_pb2.Request(hello=step_pb2.Hello(coordinator=name)), st.text(max_size=3)),
 ).map(lambda request: request.SerializeToString())
 

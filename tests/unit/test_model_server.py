@@ -75,6 +75,20 @@ async def last_row(stream: StepStream, sequence: str, tokens: Any, length: int =
         return rows.tensor[0].clone()
 
 
+async def test_a_coordinator_that_leaves_a_sequence_ends_its_lease(server: ModelServer) -> None:
+    async with aclosing(server.lease(request("c", "s"))) as items:
+        lease = await anext(items)
+        assert isinstance(lease, Lease)
+        async with attached(lease, "c") as stream:
+            holder = asyncio.create_task(anext(items, None))
+            await last_row(stream, "s", lease.prompt_tokens)
+            assert not holder.done()
+            stream.leave("s", holder.cancel)
+            assert await asyncio.wait_for(holder, TIMEOUT_S) is None
+            with pytest.raises(LookupError, match="has no lease"):
+                await last_row(stream, "s", lease.prompt_tokens)
+
+
 async def test_a_lease_brings_the_prompt_and_the_data_plane(server: ModelServer) -> None:
     async with leased(server, "c", "s") as lease, attached(lease, "c") as stream:
         assert list(lease.prompt_tokens) == tiny.tokenizer(80)("hello").input_ids

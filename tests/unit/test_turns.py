@@ -7,7 +7,8 @@ from pathlib import Path
 
 from actors.turns import Turns
 
-LONG_S = 60.0
+LONG_S = 600.0
+"""Longer than a test may take: who waits for a turn in vain fails."""
 
 
 def test_one_computes_at_a_time(tmp_path: Path) -> None:
@@ -56,6 +57,13 @@ def test_who_has_waited_long_enough_goes_on(tmp_path: Path) -> None:
         # It took nothing that was not its own.
         with waiting.take():
             pass
+    # What it still asked for is given back when it comes.
+    third = Turns(tmp_path, patience_s=LONG_S)
+    with third.take():
+        pass
+    with waiting.take():
+        pass
+    third.close()
     stopped.close()
     waiting.close()
 

@@ -612,7 +612,7 @@ def _place_heads(job: Table, layer: Table, token: int, epsilon: float) -> None:
 
 @compiled
 def _attend(job: Table, layer: Table, item: int, following: int, scores: int, scale: float) -> None:
-    """Attend with one token's queries of one key-value head; ask for the keys of the item that follows."""
+    """Attend with one token's queries of one key-value head; ask for the keys of one that may follow."""
     num_heads, num_key_heads, width = job[NUM_HEADS], job[NUM_KEY_HEADS], job[HEAD_WIDTH]
     token, head = item // num_key_heads, item % num_key_heads
     num_queries = num_heads // num_key_heads
@@ -726,12 +726,14 @@ def _run(address: int) -> None:
             _finish(counter)
             i = _add_one(counter)
         counter = _wait(counter, n)
+        num_threads = _read_shared(job[COUNTERS])
         i = _add_one(counter)
         while i < n * num_key_heads:
-            following = _add_one(counter)
-            _attend(job, layer, i, min(following, n * num_key_heads - 1), scores, scale)
+            # Threads take turns, more or less.
+            following = min(i + num_threads, n * num_key_heads - 1)
+            _attend(job, layer, i, following, scores, scale)
             _finish(counter)
-            i = following
+            i = _add_one(counter)
         counter = _wait(counter, n * num_key_heads)
         num_pieces = _multiply_panels(
             counter, n, job[ATTENDED], num_heads * width, layer[ATTENDED_PRODUCT], hidden // LANES,
