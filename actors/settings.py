@@ -207,8 +207,8 @@ class Limits(Settings):
     """Time that a client has to send a request's body (408)."""
 
     refusals_per_s: float = Field(default=25, ge=1)
-    """Of a gateway, at most, after the first 25 or so: others wait for their turn, up to a second. A refused request costs
-    nearly as much processor time as a short answer, and whoever sends them as fast as they are refused takes less of it."""
+    """How many a gateway gives, after a second's worth at once: others wait for their turn, up to a second. A refused
+    request costs nearly as much processor time as a short answer; who sends them without end then takes less of it."""
 
 
 class SecuritySettings(Settings):
