@@ -145,7 +145,7 @@ def wait_until_ready(service: Nodes) -> None:
         try:
             if requests.get(f"http://127.0.0.1:{service.port}/health", timeout=30).status_code == 200:
                 return
-        except requests.ConnectionError:
+        except requests.RequestException:
             pass
         assert time.monotonic() < deadline, service.replicas()
         time.sleep(0.5)

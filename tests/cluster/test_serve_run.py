@@ -24,7 +24,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     def is_ready() -> bool:
         try:
             return requests.get(f"{address}/health", timeout=30).status_code == 200
-        except requests.ConnectionError:
+        except requests.RequestException:
             return False
 
     with serve_run(config, tmp_path_factory.mktemp("serve"), RAY_SERVE_PROXY_USE_GRPC="1") as running:
