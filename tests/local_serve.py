@@ -138,13 +138,19 @@ class _Call:
         self._running = asyncio.create_task(self._run(handle, request))
 
     async def _run(self, handle: _Handle, request: LeaseRequest) -> None:
-        async with handle.serve.place(handle.name) as server, aclosing(server.lease(request)) as items:
-            async for item in items:
-                handle.serve.num_leases[handle.name] += 1
-                self._items.put_nowait(item)
+        try:
+            async with handle.serve.place(handle.name) as server, aclosing(server.lease(request)) as items:
+                async for item in items:
+                    handle.serve.num_leases[handle.name] += 1
+                    self._items.put_nowait(item)
+        finally:
+            self._items.put_nowait(StopAsyncIteration())
 
     async def __anext__(self) -> Any:
-        return await self._items.get()
+        item = await self._items.get()
+        if isinstance(item, StopAsyncIteration):
+            raise item
+        return item
 
     def cancel(self) -> None:
         self._running.cancel()

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from cluster.tls import Tls
 
 CONNECT_TIMEOUT_S = 10.0
 
+END_TIMEOUT_S = 15.0
+"""A replica that has not ended a lease by then has not heard that it is over."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,10 +41,16 @@ class Place:
     call: Any
     """The lease's own, at Serve."""
 
+    see_out: Callable[[Any], None]
+    """Waits until a call ends by itself, and ends it if that takes long."""
+
     def end(self) -> None:
         """Give the room back; doing so again is no error."""
         # A call that is cancelled costs both ends several times what one costs that ends by itself.
-        self.stream.leave(self.seat.key, self.call.cancel)
+        if self.stream.leave(self.seat.key):
+            self.see_out(self.call)
+        else:
+            self.call.cancel()
 
 
 class Replicas:
@@ -58,6 +67,7 @@ class Replicas:
         self._fingerprints: dict[str, str] = {}
         self._outputs = OutputFunctions()
         self._connecting: dict[str, asyncio.Lock] = {}
+        self._ending: set[Any] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def lease(self, name: str, prompt: Prompt, known_bases: frozenset[str]) -> Place:
@@ -77,10 +87,28 @@ class Replicas:
         try:
             grant = await self._first(name, call)
             stream = await self._stream(grant)
-            return Place(grant, stream, Seat(stream, request.sequence, await self._outputs.get(grant)), call)
+            seat = Seat(stream, request.sequence, await self._outputs.get(grant))
+            return Place(grant, stream, seat, call, self._see_out)
         except BaseException:
             call.cancel()
             raise
+
+    def _see_out(self, call: Any) -> None:
+        if call not in self._ending:
+            self._ending.add(call)
+            self._start(self._end(call))
+
+    async def _end(self, call: Any) -> None:
+        # A call that nobody holds any more may end unseen by Serve, which would go on counting it.
+        try:
+            async with asyncio.timeout(END_TIMEOUT_S):
+                await anext(call, None)
+        except TimeoutError:
+            call.cancel()
+        except (RayError, RayServeException) as error:
+            logger.debug("a lease has ended with its replica: %s", error)
+        finally:
+            self._ending.discard(call)
 
     async def _first(self, name: str, call: Any) -> Lease:
         try:

@@ -1,8 +1,7 @@
 """The coordinator's end of a stream: steps out, rows in."""
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -49,8 +48,6 @@ class StepStream:
         self._free_slots = [] if slots is None else list(range(slots.layout.num_slots))
         self._outstanding: dict[int, Outstanding] = {}
         self._last_id = 0
-        # Leaves, by the last step before them: a result of a later step says that the replica has heard.
-        self._unheard: deque[tuple[int, Callable[[], object]]] = deque()
         self._requests: asyncio.Queue[bytes] = asyncio.Queue()
         self._tasks = [asyncio.create_task(self._send()), asyncio.create_task(self._receive())]
 
@@ -130,16 +127,14 @@ class StepStream:
             raise
         return answer.result()
 
-    def leave(self, sequence: str, on_loss: Callable[[], object]) -> None:
-        """Tell the replica that a sequence has ended.
-
-        on_loss: called if the stream is over, or ends before it is certain that the replica has heard.
+    def leave(self, sequence: str) -> bool:
+        """Tell the replica that a sequence has ended; whether a stream is there on which to tell it. What a stream that
+        breaks was told last, the replica may not hear.
         """
         if self.lost.done():
-            on_loss()
-            return
+            return False
         self._requests.put_nowait(encode_leave(sequence))
-        self._unheard.append((self._last_id, on_loss))
+        return True
 
     async def close(self) -> None:
         """End the stream. Steps under way fail with ReplicaLost; rows that are held stay readable."""
@@ -206,8 +201,6 @@ class StepStream:
         if kind == "part":
             outstanding.add(reply.part.rows)
             return
-        while self._unheard and self._unheard[0][0] < step_id:
-            self._unheard.popleft()
         has_slot = outstanding.finish(reply.result)
         del self._outstanding[step_id]
         if outstanding.slot != NO_SLOT and not has_slot:
@@ -225,5 +218,3 @@ class StepStream:
             if not outstanding.answer.done():
                 outstanding.answer.set_exception(ReplicaLost(str(self.lost.result())))
         self._outstanding.clear()
-        while self._unheard:
-            self._unheard.popleft()[1]()
