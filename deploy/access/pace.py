@@ -1,5 +1,6 @@
 """How fast refusals go out: those who send nonsense as fast as they can take little from the others."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ class Pace:
         """
         self._per_second = per_second
         self._clock = clock
-        self._next = clock() - 1
+        self._next = -math.inf
 
     def take(self) -> float:
         """Take the next place; return in how many seconds it is, at most `LONGEST_S`."""
