@@ -196,7 +196,7 @@ def main(command_line: Sequence[str] | None = None) -> dict[str, Any]:
         arguments,
         num_guides=max(arguments.guides),
         max_sequences=max(arguments.concurrency),
-        max_tokens=arguments.max_tokens,
+        max_tokens=steps.text_tokens(max(arguments.concurrency), arguments.max_tokens),
         rows=arguments.rows,
         transport=arguments.transport,
     ) as (models, prompts):
@@ -206,6 +206,8 @@ def main(command_line: Sequence[str] | None = None) -> dict[str, Any]:
                 machine["cores that all systems keep busy while they idle"] = f"{busy_cores(IDLE_S):.2f}"
                 samples = measure(systems, cells, prompts, arguments.rounds, arguments)
         if not arguments.no_steps:
+            if samples is not None:
+                say(samples.table(NAMES))
             say("breaking steps down")
             breakdowns = steps.measure_steps(
                 models, prompts, arguments.concurrency, arguments.guides, arguments.max_tokens

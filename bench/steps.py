@@ -47,12 +47,17 @@ def measure_steps(
         for guides in num_guides:
             for sequences in concurrency:
                 # The first is the warm-up.
-                for num_tokens in (min(4, max_tokens), max_tokens):
+                for num_tokens in (min(4, max_tokens), text_tokens(sequences, max_tokens)):
                     batch = prompts.batch(sequences, max_tokens=num_tokens, num_guides=guides)
                     voices = list(zip(replicas[: guides + 1], outputs, strict=False))
                     breakdown = asyncio.run(_measure(voices, models, batch))
                 breakdowns.append(breakdown)
     return breakdowns
+
+
+def text_tokens(num_sequences: int, max_tokens: int) -> int:
+    """Return the tokens of each text: so many that the first does not end before the last one's prompt is computed."""
+    return max_tokens + num_sequences
 
 
 async def _measure(
