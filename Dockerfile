@@ -4,9 +4,9 @@
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim
 
-# KubeRay asks nodes for their health with wget.
+# KubeRay asks nodes for their health with wget; on GPUs Triton builds a small module with a C compiler.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends wget \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 ray
 

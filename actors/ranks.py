@@ -46,7 +46,7 @@ def load_engine(settings: BaseModelSettings, rows: RowKind, *, num_sharing: int 
     Raises:
         InvalidConfiguration: the engine cannot run it with these settings, or not with such rows.
     """
-    return Engine.load(
+    engine = Engine.load(
         settings.model,
         dtype=settings.torch_dtype,
         max_sequences=settings.max_sequences,
@@ -57,6 +57,8 @@ def load_engine(settings: BaseModelSettings, rows: RowKind, *, num_sharing: int 
         rows=rows,
         num_ranks=num_ranks,
     )
+    logger.info("%s runs through %s", settings.model, engine.description)
+    return engine
 
 
 class Ranks:

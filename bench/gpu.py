@@ -3,10 +3,10 @@
     python -m bench.gpu                                   an 8B base and a 1B guide on the GPU, bfloat16
     python -m bench.gpu --device cpu --base-size tiny --guide-size tiny --context 64 --sequences 1,4
 
-Models are built on the device from a configuration; nothing is downloaded. A step decodes one token of every sequence.
-It must read all weights once (of an input embedding of its own only the tokens' rows) and every sequence's keys and
-values; the share is those bytes, divided by the step's time, of the bandwidth, which is --bandwidth-gb-s or that of a
-large copy on the device, reads and writes counted.
+Models are built on the device from a configuration; nothing is downloaded. A step decodes one token of every sequence
+and brings the logits to the processor. It must read all weights once (of an input embedding of its own only the tokens'
+rows) and every sequence's keys and values; the share is those bytes, divided by the step's time, of the bandwidth,
+which is --bandwidth-gb-s or that of a large copy on the device, reads and writes counted.
 """
 
 import argparse
@@ -106,8 +106,10 @@ def bytes_read(model: PreTrainedModel) -> tuple[int, int]:
     return num_weight_bytes, 2 * config.num_hidden_layers * width * table.element_size()
 
 
-def measure(name: str, model: PreTrainedModel, arguments: argparse.Namespace, bandwidth: float) -> list[Figure]:
-    """Return the figures of one model at every number of sequences."""
+def measure(
+    name: str, model: PreTrainedModel, arguments: argparse.Namespace, bandwidth: float
+) -> tuple[list[Figure], str]:
+    """Return the figures of one model at every number of sequences, and how the engine computes it."""
     steps = arguments.steps + WARM_UP_STEPS
     first = max(1, arguments.context - steps // 2)
     most, max_context = max(arguments.sequences), BLOCK * math.ceil((first + steps) / BLOCK)
@@ -137,7 +139,7 @@ def measure(name: str, model: PreTrainedModel, arguments: argparse.Namespace, ba
         )
         say(f"{name}, {num_sequences} sequences: {step_ms:.2f} ms")
         figures.append(figure)
-    return figures
+    return figures, engine.description
 
 
 def _timed_step(engine: Engine, keys: Sequence[str], number: int) -> float:
@@ -219,7 +221,10 @@ def main(command_line: Sequence[str] | None = None) -> dict[str, Any]:
     for name, size in (("base", arguments.base_size), ("guide", arguments.guide_size)):
         say(f"building {name}, {size}")
         max_context = arguments.context + arguments.steps + WARM_UP_STEPS + BLOCK
-        figures += measure(f"{name}, {size}", build(size, arguments, max_context), arguments, bandwidth)
+        found, machine[f"{name}'s pass"] = measure(
+            f"{name}, {size}", build(size, arguments, max_context), arguments, bandwidth
+        )
+        figures += found
     text = "\n".join(f"* {key}: {value}" for key, value in machine.items()) + f"\n\n{table(figures)}\n"
     print(text)
     result = {"machine": machine, "options": plain(arguments), "figures": [asdict(figure) for figure in figures]}

@@ -4,11 +4,13 @@ Shapes: P positions of all blocks together, K key-value heads, D key width, E va
 B sequences, L keys of each.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from actors.engine.blocks import BLOCK_SIZE, Copy
 from actors.engine.inspection import Layer
 
 
@@ -54,3 +56,11 @@ class LayerCache:
         """Copy keys and values from positions to others."""
         self.keys[targets_N] = self.keys[sources_N]
         self.values[targets_N] = self.values[sources_N]
+
+
+def copy_blocks(caches: Iterable[LayerCache], copies: Sequence[Copy], device: torch.device) -> None:
+    """Copy keys and values between blocks, one copy after the other, in the caches of all layers."""
+    for source, target, start, stop in copies:
+        positions = torch.arange(start, stop, device=device)
+        for cache in caches:
+            cache.copy(source * BLOCK_SIZE + positions, target * BLOCK_SIZE + positions)

@@ -88,7 +88,6 @@ class Engine:
         _check_limits(model, max_sequences, max_context, cache_tokens)
         model.eval().requires_grad_(False)
         inspection = inspect_model(model, max_context)
-        self._device = model.device
         self._pool = BlockPool(-(-cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
         self._tables: dict[str, BlockTable] = {}
         self.vocabulary_size = inspection.num_columns
@@ -106,6 +105,7 @@ class Engine:
             model,
             inspection.layers,
             num_blocks=self._pool.num_blocks + 1,  # block 0 is nobody's
+            max_sequences=max_sequences,
             max_context=max_context,
             gives_hidden_states=self.output is not None,
         )
@@ -150,6 +150,11 @@ class Engine:
             torch.set_num_threads(threads)
         loaded = load_model(model, dtype=dtype, device=device, num_ranks=num_ranks)
         return cls(loaded, max_sequences=max_sequences, max_context=max_context, cache_tokens=cache_tokens, rows=rows)
+
+    @property
+    def description(self) -> str:
+        """How it computes, for logs and benchmarks."""
+        return self._forward_pass.description
 
     @property
     def cache_use(self) -> float:
@@ -217,7 +222,7 @@ class Engine:
             room: memory for the rows; what is returned lies there if it fits and the pass can write there.
 
         Returns:
-            Next-token logits [R, V] in the model's dtype, on its device: rows in the order of the work, then of
+            Next-token logits [R, V] in the model's dtype, on the processor: rows in the order of the work, then of
             each one's rows. Where there is an `output`, the hidden states [R, D] that it turns into these.
 
         Raises:
@@ -231,9 +236,11 @@ class Engine:
             seen.add(item.sequence)
             self.check(item)
         if not work:
-            return torch.empty(0, self.row_width, dtype=self.dtype, device=self._device)
+            return torch.empty(0, self.row_width, dtype=self.dtype)
         self._reserve_all(work)
         rows = self._forward_pass.run([self._place(item) for item in work], room).to(self.dtype)
+        if rows.device.type != "cpu":
+            rows = _bring(rows, room)
         for item in work:
             self._pool.commit(self._tables[item.sequence], item.tokens)
             self.counters.num_computed_tokens += len(item.tokens)
@@ -331,6 +338,13 @@ class Engine:
                     f"sequence {sequence!r}: token id {token} is outside the vocabulary; "
                     f"ids go from 0 to {self.num_token_ids - 1}"
                 )
+
+
+def _bring(rows: Tensor, room: Tensor | None) -> Tensor:
+    """Bring rows to the processor: into the room, if they fit there."""
+    if room is not None and room.shape == rows.shape and room.dtype == rows.dtype:
+        return room.copy_(rows)
+    return rows.cpu()
 
 
 def _check_limits(model: PreTrainedModel, max_sequences: int, max_context: int, cache_tokens: int) -> None:

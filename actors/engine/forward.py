@@ -3,25 +3,32 @@
 Shapes: N tokens of a step, R asked rows, V vocabulary, D hidden width.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.engine.attention import attending
 from actors.engine.blocks import BLOCK_SIZE, Copy
-from actors.engine.cache import LayerCache
+from actors.engine.cache import LayerCache, copy_blocks
 from actors.engine.compiled.decoder import CompiledPass, fits
 from actors.engine.inspection import Layer
 from actors.engine.plan import PlacedWork, StepPlan
 from actors.engine.processor import prepare_for_processor
 from actors.engine.sharding import unwrap_slices
 
+logger = logging.getLogger(__name__)
+
 
 class ForwardPass(Protocol):
     """A model and its cache, as an engine uses them."""
+
+    @property
+    def description(self) -> str:
+        """How it computes, for logs and benchmarks."""
+        ...
 
     def run(self, work: Sequence[PlacedWork], room: Tensor | None = None) -> Tensor:
         """Append tokens to sequences, each of them at most once.
@@ -32,7 +39,7 @@ class ForwardPass(Protocol):
 
         Returns:
             Next-token logits [R, V], or the last hidden states [R, D]: rows in the order of the work, then of each
-            one's rows.
+            one's rows. What lies on a GPU is there until the next call.
         """
         ...
 
@@ -46,6 +53,7 @@ def make_forward_pass(
     layers: Mapping[nn.Module, Layer],
     *,
     num_blocks: int,
+    max_sequences: int,
     max_context: int,
     gives_hidden_states: bool,
 ) -> ForwardPass:
@@ -55,6 +63,7 @@ def make_forward_pass(
         model: not to be used by anyone else from now on.
         layers: what its attention modules need of a cache.
         num_blocks: of the cache.
+        max_sequences: of a step.
         max_context: positions of a sequence.
         gives_hidden_states: whether rows are the last hidden states, and not logits.
     """
@@ -62,20 +71,54 @@ def make_forward_pass(
         return CompiledPass(
             model, layers, num_blocks=num_blocks, max_context=max_context, gives_hidden_states=gives_hidden_states
         )
-    return TransformersPass(model, layers, num_blocks=num_blocks, gives_hidden_states=gives_hidden_states)
+    prepare_for_processor(model)
+    unwrap_slices(model)
+    caches = {module: LayerCache.allocate(layer, num_blocks * BLOCK_SIZE) for module, layer in layers.items()}
+    if model.device.type == "cuda":
+        paged = _paged_pass(
+            model,
+            caches,
+            max_sequences=max_sequences,
+            max_context=max_context,
+            gives_hidden_states=gives_hidden_states,
+        )
+        if paged is not None:
+            return paged
+    return TransformersPass(model, caches, gives_hidden_states=gives_hidden_states)
+
+
+def _paged_pass(model: PreTrainedModel, caches: Mapping[nn.Module, LayerCache], **options: Any) -> ForwardPass | None:
+    """Return a `PagedPass`, or none where it does not run."""
+    try:
+        # Triton, which its kernels are written in, comes with torch's builds for GPUs alone.
+        from actors.engine.paged.decoder import PagedPass
+
+        return PagedPass(model, caches, **options)
+    except Exception as error:
+        # Whatever a compiler or a driver has against it: the other pass is slower and as exact.
+        logger.warning(
+            "attention over the cache's blocks does not run on this GPU, so keys and values are gathered for every "
+            "step, which is slower: %s: %s",
+            type(error).__name__,
+            error,
+        )
+        return None
 
 
 class TransformersPass:
     """A pass through transformers' own modules, with the engine's attention: for any architecture and device."""
 
     def __init__(
-        self, model: PreTrainedModel, layers: Mapping[nn.Module, Layer], *, num_blocks: int, gives_hidden_states: bool
+        self, model: PreTrainedModel, caches: Mapping[nn.Module, LayerCache], *, gives_hidden_states: bool
     ) -> None:
-        prepare_for_processor(model)
-        unwrap_slices(model)
         self._model = model
         self._gives_hidden_states = gives_hidden_states
-        self._caches = {module: LayerCache.allocate(layer, num_blocks * BLOCK_SIZE) for module, layer in layers.items()}
+        self._caches = caches
+
+    @property
+    def description(self) -> str:
+        """How it computes."""
+        return "transformers' modules, keys and values gathered for every step"
 
     def run(self, work: Sequence[PlacedWork], room: Tensor | None = None) -> Tensor:
         """Append tokens and return the asked rows; see `ForwardPass`."""
@@ -90,7 +133,4 @@ class TransformersPass:
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy keys and values between blocks; see `ForwardPass`."""
-        for source, target, start, stop in copies:
-            positions = torch.arange(start, stop, device=self._model.device)
-            for cache in self._caches.values():
-                cache.copy(source * BLOCK_SIZE + positions, target * BLOCK_SIZE + positions)
+        copy_blocks(self._caches.values(), copies, self._model.device)

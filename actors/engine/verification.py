@@ -23,7 +23,8 @@ from cluster.errors import InvalidConfiguration
 if TYPE_CHECKING:
     from actors.engine.engine import Engine
 
-_NUM_TOKENS = 12
+_NUM_TOKENS = 72
+"""Of several blocks of the cache."""
 
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """Largest difference at a position, relative to the largest logit: far above rounding, far below another attention.
@@ -34,14 +35,14 @@ the largest logit at one of twelve), while another attention is wrong at most of
 
 
 def own_logits(model: PreTrainedModel, max_context: int) -> Tensor:
-    """Return a model's own logits [P, V] for a few tokens, for `verify`.
+    """Return a model's own logits [P, V] for a few tokens, on the processor, for `verify`.
 
     Raises:
         InvalidConfiguration: they are not finite.
     """
     with own_attention(model), torch.inference_mode():
         tokens = torch.tensor([_tokens(model.get_input_embeddings().weight.shape[0], max_context)], device=model.device)
-        logits_PV: Tensor = model(tokens, use_cache=False).logits[0].to(model.dtype)
+        logits_PV: Tensor = model(tokens, use_cache=False).logits[0].to(model.dtype).cpu()
     if not logits_PV.isfinite().all():
         raise InvalidConfiguration(
             f"model {model_name(model)}: its logits are not finite in {model.dtype}. "
@@ -94,8 +95,7 @@ def _logits_by_engine(engine: "Engine", tokens: list[int]) -> Tensor:
         if start > 0:
             work += [Work(name, tokens[:1], ()) for name in names[1:] if _has_room(engine, name)]
         rows = engine.step(work)
-        # Output functions are on the processor.
-        logits.append(rows if engine.output is None else engine.output(rows.cpu()).to(rows.device))
+        logits.append(rows if engine.output is None else engine.output(rows))
     for name in names:
         engine.close(name)
     return torch.cat(logits)

@@ -4,8 +4,8 @@ A decoding step of R rows, all in seconds:
 
     products    max(weights read / bandwidth, 2 * weights * R / rate)      per rank
     attention   p * keys and values of all R sequences / bandwidth         p: how often they pass through memory
-    model       products + attention + small operations of all layers      on processors
-                max(products + attention, small operations)                on GPUs, where they are started ahead
+    model       products + attention + small operations of all layers
+                at least what starting them from Python takes              on GPUs with tensor parallelism: no graphs
                 + two sums over all ranks for each layer                    with tensor parallelism
     step        models + exchange + coordinator                            of one lane
 
@@ -19,6 +19,9 @@ from dataclasses import dataclass, replace
 
 from deploy.planning.hardware import REPLICA_S
 from deploy.planning.service import Model, Service
+
+LAUNCHES_S = 300e-6
+"""To start a layer's operations on a GPU one by one from Python."""
 
 ALL_REDUCE_S = 30e-6
 """Of one sum over ranks, whatever its size."""
@@ -139,9 +142,11 @@ def ranks_s(model: Model, rows: int) -> float:
 
 def model_step_s(model: Model, rows: int, context: int) -> float:
     """Return the time of a decoding step with so many rows."""
-    large = products_s(model, rows) + attention_s(model, rows, context)
-    small = model.shape.layers * model.accelerator.layer_s
-    return (large + small if model.accelerator.is_processor else max(large, small)) + ranks_s(model, rows)
+    layers = model.shape.layers
+    computing_s = products_s(model, rows) + attention_s(model, rows, context) + layers * model.accelerator.layer_s
+    if model.tensor_parallel > 1 and not model.accelerator.is_processor:
+        computing_s = max(computing_s, layers * LAUNCHES_S)
+    return computing_s + ranks_s(model, rows)
 
 
 def exchange_s(models: Sequence[Model], rows: int) -> float:

@@ -47,11 +47,12 @@ class Accelerator:
     tflops_share: float = 0.6
     """What products reach of the two figures above."""
 
-    layer_s: float = 300e-6
-    """Small operations of a layer that products do not hide: started one by one from Python."""
+    layer_s: float = 50e-6
+    """Small operations of a layer, one after the other."""
 
-    attention_passes: float = 3
-    """How often attention passes keys and values through memory: gathered, they are read, written and read."""
+    attention_passes: float = 1.2
+    """How often attention passes keys and values through memory: read where they lie, once and at less than the
+    products' speed; gathered first, they are read, written and read."""
 
     is_processor: bool = False
     """Whether models on one machine share it."""

@@ -131,17 +131,26 @@ def test_products_take_the_longer_of_reading_and_computing() -> None:
     assert products_s(model(tensor_parallel=2), 1) == pytest.approx(1e-3)
 
 
-def test_attention_gathers_keys_and_values() -> None:
-    # 16 sequences of 500 tokens of 40 kB, three times over.
-    assert attention_s(model(), 16, 500) == pytest.approx(3 * 16 * 500 * 40e3 / 1e12)
+def test_attention_moves_keys_and_values() -> None:
+    # 16 sequences of 500 tokens of 40 kB, as often as the device does it.
+    gathering = replace(GPU, attention_passes=3)
+    assert attention_s(model(accelerator=gathering), 16, 500) == pytest.approx(3 * 16 * 500 * 40e3 / 1e12)
 
 
-def test_small_operations_hide_on_gpus_alone() -> None:
+def test_small_operations_add_to_the_large_ones() -> None:
     slow = replace(GPU, layer_s=1e-3)
     large = products_s(model(), 1) + attention_s(model(), 1, 100)
-    assert model_step_s(model(accelerator=slow), 1, 100) == pytest.approx(10e-3)
-    processor = replace(slow, is_processor=True)
-    assert model_step_s(model(accelerator=processor), 1, 100) == pytest.approx(10e-3 + large)
+    assert model_step_s(model(accelerator=slow), 1, 100) == pytest.approx(10e-3 + large)
+
+
+def test_ranks_on_gpus_wait_for_python_and_those_on_processors_do_not() -> None:
+    tiny = replace(GPU, memory_gb_s=1e9, tflops={"bfloat16": 1e9})
+    sharded = model(accelerator=tiny, tensor_parallel=2)
+    assert model_step_s(sharded, 1, 100) == pytest.approx(10 * 300e-6 + ranks_s(sharded, 1), rel=1e-3)
+    alone = replace(sharded, tensor_parallel=1)
+    assert model_step_s(alone, 1, 100) < 1e-4
+    processors = replace(sharded, accelerator=replace(tiny, is_processor=True))
+    assert model_step_s(processors, 1, 100) < 1e-4 + ranks_s(processors, 1)
 
 
 def test_ranks_sum_twice_a_layer() -> None:

@@ -32,8 +32,9 @@ def test_every_dependency_is_pinned() -> None:
         *project["dependencies"],
         *(item for group in project["optional-dependencies"].values() for item in group),
     ]
-    names = {re.sub(r"[-_.]+", "-", re.split(r"[\[><=]", item)[0]).lower() for item in wanted}
-    assert names <= pinned
+    names = {re.sub(r"[-_.]+", "-", re.split(r"[\[><=;]", item)[0]).lower() for item in wanted}
+    # torch's builds for GPUs demand a version of Triton each, which constraints.txt must not contradict.
+    assert names - {"triton"} <= pinned
 
 
 @pytest.mark.parametrize("pattern", ["models/", "results/", ".venv/"])

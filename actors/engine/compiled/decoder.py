@@ -105,6 +105,11 @@ class CompiledPass:
         )
         model.lm_head.weight = None
 
+    @property
+    def description(self) -> str:
+        """How it computes."""
+        return "one compiled pass"
+
     def run(self, work: Sequence[PlacedWork], room: Tensor | None = None) -> Tensor:
         """Append tokens and return the asked rows [R, V], or [R, I]; see `ForwardPass`."""
         tokens: list[int] = []
