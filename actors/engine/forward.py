@@ -102,6 +102,9 @@ def _paged_pass(model: PreTrainedModel, caches: Mapping[nn.Module, LayerCache], 
             type(error).__name__,
             error,
         )
+        for cache in caches.values():
+            # The other pass reads zeros there.
+            cache.keys[:BLOCK_SIZE] = cache.values[:BLOCK_SIZE] = 0
         return None
 
 

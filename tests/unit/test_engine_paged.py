@@ -302,13 +302,16 @@ def test_more_room_than_the_context_can_be_reserved(monkeypatch: pytest.MonkeyPa
 def test_where_the_kernels_do_not_run_the_engine_goes_on_without_them(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(query_HND: Tensor, cache: LayerCache, *_: object) -> None:
+        assert cache.keys.any()
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(attention, "_launch", fail)
     caches = allocate(inspect_model(model.to(DEVICE), 8).layers, 2)
     assert forward._paged_pass(model, caches, max_sequences=2, max_context=8, gives_hidden_states=False) is None
     assert "is slower: RuntimeError: Failed to find C compiler" in caplog.text
+    # Attempts leave nothing behind.
+    assert not any(cache.keys.any() or cache.values.any() for cache in caches.values())
 
 
 @pytest.mark.parametrize(
