@@ -19,12 +19,9 @@ MODELS = {
     # dtype, query heads, key-value heads, width of a head
     "Llama 3 8B": (torch.bfloat16, 32, 8, 128),
     "Qwen2 7B": (torch.bfloat16, 28, 4, 128),
-    "GLM-4 9B": (torch.bfloat16, 32, 2, 128),
     "Gemma 2 9B": (torch.bfloat16, 16, 8, 256),
-    "Gemma 2B": (torch.float16, 8, 1, 256),
     "StarCoder": (torch.float16, 48, 1, 128),
     "SmolLM2 135M": (torch.float32, 9, 3, 64),
-    "Llama 3 8B in float32": (torch.float32, 32, 8, 128),
     "Gemma 2 9B in float32": (torch.float32, 16, 8, 256),
 }
 
