@@ -196,7 +196,7 @@ def main(command_line: Sequence[str] | None = None) -> dict[str, Any]:
         arguments,
         num_guides=max(arguments.guides),
         max_sequences=max(arguments.concurrency),
-        max_tokens=steps.text_tokens(max(arguments.concurrency), arguments.max_tokens),
+        max_tokens=arguments.max_tokens,
         rows=arguments.rows,
         transport=arguments.transport,
     ) as (models, prompts):

@@ -23,8 +23,8 @@ import torch
 from actors.coordinator.lane import Lane
 from actors.guidance.output import OutputFunction
 from actors.settings import Limits
-from bench.recorder import Breakdown, Recorder, TimedStream, summarise
-from bench.replica import RemoteReplica, remote_replica
+from bench.recorder import Breakdown, Recorder, StepRecord, TimedStream, summarise
+from bench.replica import Forward, RemoteReplica, remote_replica
 from bench.sequences import live_sequences, read_all
 from bench.table import ABSENT, markdown
 from bench.workload import Batch, Models, Prompts
@@ -47,22 +47,18 @@ def measure_steps(
         for guides in num_guides:
             for sequences in concurrency:
                 # The first is the warm-up.
-                for num_tokens in (min(4, max_tokens), text_tokens(sequences, max_tokens)):
+                for num_tokens in (min(4, max_tokens), max_tokens):
                     batch = prompts.batch(sequences, max_tokens=num_tokens, num_guides=guides)
                     voices = list(zip(replicas[: guides + 1], outputs, strict=False))
-                    breakdown = asyncio.run(_measure(voices, models, batch))
-                breakdowns.append(breakdown)
+                    recorded = asyncio.run(_record(voices, models, batch))
+                breakdowns.append(summarise(*recorded, num_sequences=sequences, takes_turns=models.takes_turns))
     return breakdowns
 
 
-def text_tokens(num_sequences: int, max_tokens: int) -> int:
-    """Return the tokens of each text: so many that the first does not end before the last one's prompt is computed."""
-    return max_tokens + num_sequences
-
-
-async def _measure(
+async def _record(
     voices: Sequence[tuple[RemoteReplica, OutputFunction | None]], models: Models, batch: Batch
-) -> Breakdown:
+) -> tuple[list[StepRecord], list[Sequence[Forward]]]:
+    """Return the steps in which a batch was written, and each model's forward passes."""
     replicas, outputs = zip(*voices, strict=True)
     recorder = Recorder()
 
@@ -78,8 +74,7 @@ async def _measure(
                 for sequence in sequences:
                     lane.add(sequence)
                 await asyncio.gather(*map(read_all, sequences))
-    forwards = [replica.forwards() for replica in replicas]
-    return summarise(recorder.steps, forwards, num_sequences=len(batch.prompts), takes_turns=models.takes_turns)
+    return recorder.steps, [replica.forwards() for replica in replicas]
 
 
 def table(breakdowns: Sequence[Breakdown]) -> str:
