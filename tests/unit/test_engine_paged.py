@@ -347,7 +347,7 @@ def test_kernels_compile_for_gpus_and_fit_their_shared_memory(capability: int) -
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=280,
         check=False,
     )
     assert run.returncode == 0, run.stderr

@@ -72,7 +72,7 @@ class PagedPass:
         self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
         self._graphs: list[DecodeGraph] = []
         self._try(max_context)
-        # The ranks of a sharded model start their kernels one by one: collectives would be recorded with them.
+        # Ranks start their kernels one by one: their collectives would be recorded too, which was never tried.
         if num_ranks == 1:
             self._graphs = self._record(max_sequences, max_context)
 
