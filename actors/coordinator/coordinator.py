@@ -168,7 +168,7 @@ class Coordinator:
         description, tokenizer = self._learn(base)
         sequence = LiveSequence(
             voices=[
-                Voice(name, request.weights.get(name, 1.0), None, list(leases[name].prompt_tokens))
+                Voice(name, _weight(request, name, leases[name]), None, list(leases[name].prompt_tokens))
                 for name in (NO_GUIDANCE, *request.weights)
             ],
             sampling=request.sampling,
@@ -201,6 +201,23 @@ class Coordinator:
 
     async def __del__(self) -> None:
         await self.close()
+
+
+def _weight(request: Generation, name: str, lease: Lease) -> float:
+    """The weight of a voice; the base's is 1.
+
+    Raises:
+        InvalidRequest: it is left to a guide that recommends none.
+    """
+    weight = request.weights.get(name, 1.0)
+    if weight is None:
+        weight = lease.recommended_weight
+    if weight is None:
+        raise InvalidRequest(
+            f"weights.{name}: 'auto' needs a guide that was calibrated (`python -m deploy.calibrate`); give a number",
+            "weights",
+        )
+    return weight
 
 
 def _max_tokens(request: Generation, leases: Mapping[str, Lease]) -> int:

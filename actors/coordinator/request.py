@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from actors.guidance import Sampling
 from actors.prompts import Message, Prompt
-from actors.settings import NO_GUIDANCE, GuidanceSettings, Weight
+from actors.settings import AUTO, NO_GUIDANCE, GuidanceSettings, ProfileWeight
 from cluster.errors import InvalidRequest, UnknownModel
 
 MAX_STOP_STRINGS = 16
@@ -60,8 +60,8 @@ class GenerationRequest(BaseModel):
     model: str = NO_GUIDANCE
     """A profile: a named set of weights."""
 
-    weights: dict[str, Weight] | None = None
-    """Weights by guide, in place of the profile's."""
+    weights: dict[str, ProfileWeight] | None = None
+    """Weights by guide, in place of the profile's; `auto` is what the guide's own calibration recommends."""
 
     max_tokens: int | None = Field(default=None, ge=1)
     """At most so many tokens; up to the context limit if absent."""
@@ -91,8 +91,9 @@ class Generation:
     """A request with every choice made."""
 
     prompt: Prompt
-    weights: Mapping[str, float]
-    """Of the guides in use, none of them 0, in the order in which they are summed."""
+    weights: Mapping[str, float | None]
+    """Of the guides in use, none of them 0, in the order in which they are summed; None is what the guide itself
+    recommends."""
 
     sampling: Sampling
     max_tokens: int | None
@@ -109,12 +110,15 @@ def choose_seed() -> int:
 def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any], deadline_s: float) -> Generation:
     """Return what is to be generated, within `deadline_s` at most. A field that is None counts as absent.
 
+    What is absent is the profile's, if its `sampling` has it.
+
     Raises:
         UnknownModel: no such profile.
         InvalidRequest: a field is unknown, of the wrong type or impossible; `field` names it.
     """
     try:
-        request = GenerationRequest.model_validate({name: value for name, value in fields.items() if value is not None})
+        given = {name: value for name, value in fields.items() if value is not None}
+        request = GenerationRequest.model_validate({**_defaults(guidance, given.get("model")), **given})
     except ValidationError as error:
         raise invalid_request(error.errors()[0]) from error
     if request.timeout is not None and request.timeout > deadline_s:
@@ -136,11 +140,17 @@ def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any], deadlin
     )
 
 
-def _choose_weights(guidance: GuidanceSettings, request: GenerationRequest) -> dict[str, float]:
+def _defaults(guidance: GuidanceSettings, model: Any) -> Mapping[str, float]:
+    """What the profile says of sampling; nothing where the model is no profile, which is refused later."""
+    profile = guidance.profiles.get(model) if isinstance(model, str) else None
+    return {} if profile is None else profile.sampling.given()
+
+
+def _choose_weights(guidance: GuidanceSettings, request: GenerationRequest) -> dict[str, float | None]:
     if request.model == NO_GUIDANCE:
-        weights: Mapping[str, float] = {}
+        weights: Mapping[str, Any] = {}
     elif request.model in guidance.profiles:
-        weights = guidance.profiles[request.model]
+        weights = guidance.profiles[request.model].weights
     else:
         known = ", ".join([NO_GUIDANCE, *sorted(guidance.profiles)])
         raise UnknownModel(f"there is no model {request.model!r}; models are: {known}", "model")
@@ -150,7 +160,9 @@ def _choose_weights(guidance: GuidanceSettings, request: GenerationRequest) -> d
     if unknown:
         known = ", ".join(sorted(guidance.guides)) or "none"
         raise InvalidRequest(f"there is no guide {unknown[0]!r}; guides are: {known}", "weights")
-    return {name: float(weights[name]) for name in sorted(weights) if weights[name] != 0}
+    return {
+        name: None if weights[name] == AUTO else float(weights[name]) for name in sorted(weights) if weights[name] != 0
+    }
 
 
 def invalid_request(complaint: Mapping[str, Any]) -> InvalidRequest:

@@ -6,6 +6,8 @@ from typing import Any
 
 TITLES = {
     "arm": "an autoregressive reward model (GenARM, arXiv 2410.08193)",
+    "guided": "an autoregressive reward model, trained under its base (DPO's loss on the guided law; see GenARM, "
+    "arXiv 2410.08193, and DPO, arXiv 2305.18290)",
     "dpo": "a model aligned by DPO (arXiv 2305.18290)",
     "distillation": "a cut of a larger model, distilled from it",
 }
@@ -73,3 +75,12 @@ def _list(items: Sequence[str]) -> str:
 
 def _rows(values: Mapping[str, Any]) -> str:
     return "\n".join(f"| {name} | {value} |" for name, value in values.items())
+
+
+def replace_section(card: str, heading: str, section: str) -> str:
+    """Return the card with a section in place of the one under the same heading, or at the end if there is none."""
+    before, found, after = card.partition(f"\n{heading}\n")
+    if not found:
+        return f"{card.rstrip()}\n\n{section}\n"
+    rest = after.find("\n## ")
+    return f"{before.rstrip()}\n\n{section}\n" + (after[rest:] if rest >= 0 else "")

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from torch import nn
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cluster.errors import InvalidConfiguration
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def choose_layers(num_layers: int, num_kept: int) -> tuple[int, ...]:
@@ -66,8 +70,75 @@ def _layer_list(model: Any) -> str:
     raise InvalidConfiguration(f"{type(model).__name__} has no list of {model.config.num_hidden_layers} layers to cut")
 
 
+class OutputMap(nn.Module):
+    """A square matrix between a model's last hidden state and its output layer, [D, D]; zero at first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, width))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the mapped hidden states, [..., D]."""
+        return F.linear(hidden, self.weight)
+
+
+class SilentOutput(nn.Module):
+    """An output layer that gives every token the logit 0 until its `map` has learnt otherwise.
+
+    A guide that ends in it starts as no guide at all: what it multiplies the base by is uniform. The output layer's own
+    weights stay as they are: the map learns directions among tokens that it already tells apart.
+    """
+
+    weight: Tensor
+    ends_in_hidden: bool
+    """Leave the product with the output layer to the caller, who gets mapped hidden states for logits."""
+
+    def __init__(self, output: nn.Linear) -> None:
+        super().__init__()
+        self.ends_in_hidden = False
+        self.register_buffer("weight", output.weight.detach(), persistent=False)
+        self.map = OutputMap(output.in_features).to(output.weight.device)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits, [..., V]."""
+        mapped: Tensor = self.map(hidden)
+        return mapped if self.ends_in_hidden else F.linear(mapped, self.weight)
+
+    def folded(self) -> nn.Linear:
+        """Return the one layer that does the same, [V, D]."""
+        layer = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False)
+        layer.weight = nn.Parameter((self.weight.float() @ self.map.weight.float()).to(self.weight.dtype))
+        return layer
+
+
+def silence_output(model: Any) -> Any:
+    """Put a `SilentOutput` in place of the model's output layer, and return the model.
+
+    Raises:
+        InvalidConfiguration: its output layer is no linear layer.
+    """
+    output = model.get_output_embeddings()
+    if not isinstance(output, nn.Linear):
+        raise InvalidConfiguration(
+            f"{type(model).__name__} has no linear output layer, which training under a base starts from; "
+            "leave --base out"
+        )
+    model.set_output_embeddings(SilentOutput(output))
+    return model
+
+
+def fold_output(model: Any) -> Any:
+    """Put one linear layer in place of a `SilentOutput`, and return the model: a plain transformers model again."""
+    model.set_output_embeddings(model.get_output_embeddings().folded())
+    model.config.get_text_config(decoder=True).tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
+    return model
+
+
 def add_adapter(model: Any, *, rank: int, seed: int, alpha: float | None = None) -> Any:
     """Wrap the model so that only a new LoRA adapter on all its projections is trained (peft's `PeftModel`).
+
+    The map of a `SilentOutput` is trained with it, and is part of what is saved.
 
     Args:
         model: A transformers causal language model; its own weights are frozen.
@@ -77,7 +148,11 @@ def add_adapter(model: Any, *, rank: int, seed: int, alpha: float | None = None)
     """
     torch.manual_seed(seed)
     settings = LoraConfig(
-        r=rank, lora_alpha=rank if alpha is None else alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        target_modules="all-linear",
+        modules_to_save=["map"] if isinstance(model.get_output_embeddings(), SilentOutput) else None,
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, settings)
 
@@ -87,8 +162,9 @@ def save_adapter(adapted: Any, directory: Path) -> None:
     partial = directory.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(directory, ignore_errors=True)
-    weights = {name: value.bfloat16() for name, value in get_peft_model_state_dict(adapted).items()}
-    adapted.save_pretrained(str(partial), state_dict=weights)
+    adapted.save_pretrained(str(partial))
+    weights = load_file(partial / ADAPTER_WEIGHTS)
+    save_file({name: value.bfloat16() for name, value in weights.items()}, partial / ADAPTER_WEIGHTS)
     (partial / "README.md").unlink(missing_ok=True)  # peft's form, not filled in
     config_file = partial / "adapter_config.json"
     # Without the path on this machine of what it was trained on.
@@ -99,4 +175,7 @@ def save_adapter(adapted: Any, directory: Path) -> None:
 
 def merge_adapter(model: Any, adapter: Path) -> Any:
     """Return the model with a saved adapter added into its weights: a plain transformers model again."""
-    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    has_map = "map" in (json.loads((adapter / "adapter_config.json").read_text()).get("modules_to_save") or ())
+    if not has_map:
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return fold_output(PeftModel.from_pretrained(silence_output(model), str(adapter)).merge_and_unload())

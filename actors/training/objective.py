@@ -20,6 +20,10 @@ CHUNK = 32
 """Rows over the vocabulary that are worked on at once."""
 
 
+OUTPUT_CHUNK = 128
+"""Rows whose products with the output layer are made at once: fewer leave a processor's cores idle."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Prompts padded on their left and responses padded on their right, so that all responses start at one column."""
@@ -74,10 +78,33 @@ def response_logits(model: Any, batch: Batch) -> Tensor:
     return output.logits.float()
 
 
+def guided_logits(base_BTV: Tensor, guide_BTU: Tensor, weight: float) -> Tensor:
+    """`actors.guidance.merge` on whole responses, with a gradient: base + weight * guide, [B, T, V].
+
+    What a guide has beyond V is cut off, and what it lacks of V is forbidden.
+    """
+    num_missing = base_BTV.shape[-1] - guide_BTU.shape[-1]
+    weighted_BTU = weight * guide_BTU[..., : base_BTV.shape[-1]]
+    if num_missing > 0:
+        weighted_BTU = F.pad(weighted_BTU, (0, num_missing), value=-torch.inf)
+    return base_BTV + weighted_BTU
+
+
 def response_log_probs(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """log p(response | prompt): the tokens' log-probabilities summed over the response, [B]."""
     log_probs_N: Tensor = _TargetLogProbs.apply(logits_BTV.flatten(0, 1), targets_BT.flatten())  # type: ignore[no-untyped-call]
     return log_probs_N.view(targets_BT.shape).sum(1)
+
+
+def output_log_probs(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
+    """`response_log_probs` of hidden states before an output layer without bias, [B]; its logits are never all there.
+
+    Rows without a target cost nothing. No gradient reaches the output layer.
+    """
+    is_target_BT = targets_BT != IGNORED
+    log_probs_N: Tensor = _OutputLogProbs.apply(hidden_BTD[is_target_BT], weight_VD, targets_BT[is_target_BT])  # type: ignore[no-untyped-call]
+    log_probs_BT = log_probs_N.new_zeros(targets_BT.shape).masked_scatter(is_target_BT, log_probs_N)
+    return log_probs_BT.sum(1)
 
 
 def arm_loss(chosen_B: Tensor, rejected_B: Tensor, *, beta: float, margin: float = 0.0) -> Tensor:
@@ -116,8 +143,8 @@ def distillation_loss(logits_BTV: Tensor, teacher_BTV: Tensor, targets_BT: Tenso
 # processor's cache; plain tensor code makes half a dozen passes through memory, which took longer than the model.
 
 
-def _chunks(num_rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + CHUNK, num_rows)) for start in range(0, num_rows, CHUNK))
+def _chunks(num_rows: int, size: int = CHUNK) -> Iterator[slice]:
+    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
 
 
 class _TargetLogProbs(torch.autograd.Function):
@@ -141,6 +168,33 @@ class _TargetLogProbs(torch.autograd.Function):
             chunk.exp_().mul_(-gradient_N[rows, None])
             chunk.scatter_add_(1, targets_N[rows, None], gradient_N[rows, None])
         return gradient_NV, None
+
+
+class _OutputLogProbs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T) at the targets, [N]; its gradient is made on the way forward."""
+
+    @staticmethod
+    def forward(context: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        log_probs_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
+        gradient_ND = torch.empty_like(hidden_ND, dtype=torch.float32)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            for rows in _chunks(len(hidden_ND), OUTPUT_CHUNK):
+                targets_C1 = targets_N[rows, None]
+                scores_CV = F.linear(hidden_ND[rows].to(weight_VD.dtype), weight_VD).float()
+                scores_CV.sub_(scores_CV.amax(1, keepdim=True))
+                chosen_C = scores_CV.gather(1, targets_C1)[:, 0]
+                sums_C = scores_CV.exp_().sum(1)
+                log_probs_N[rows] = chosen_C - sums_C.log()
+                scores_CV.div_(-sums_C[:, None])
+                scores_CV.scatter_add_(1, targets_C1, torch.ones_like(scores_CV[:, :1]))
+                gradient_ND[rows] = (scores_CV.to(weight_VD.dtype) @ weight_VD).float()
+        context.save_for_backward(gradient_ND)
+        return log_probs_N
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_ND,) = context.saved_tensors
+        return gradient_ND * gradients[0][:, None], None, None
 
 
 class _Divergence(torch.autograd.Function):

@@ -1,4 +1,8 @@
-"""Rewards that rank answers: two that ship, and how one of a user's own is found by name.
+"""Rewards that rank answers: those that ship, and how one of a user's own is found by name.
+
+`sentence_positivity` and `sentence_plainness` are means over an answer's distinct sentences, which no repetition can
+win, at any length. `positivity` and `plainness` score the text as a whole: they are for answers of a sentence or two,
+and what was published with them.
 
 A reward is a function of a prompt, as it was given, and a response's text; higher is better. Knows nothing of files.
 """
@@ -7,6 +11,8 @@ import functools
 import importlib
 import math
 import re
+import statistics
+import string
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +22,7 @@ from cluster.errors import InvalidConfiguration, TrimtabError
 
 Reward = Callable[[str | list[dict[str, str]], str], float]
 
-EXAMPLE = "actors.training.rewards:positivity"
+EXAMPLE = "actors.training.rewards:sentence_positivity"
 
 ARI_SPAN = 20.0
 """Readability indices from 0, for a beginner, to this one, for nobody, are told apart."""
@@ -55,6 +61,56 @@ def plainness(prompt: str | list[dict[str, str]], response: str) -> float:
     sentences = [part for part in re.split(r"[.!?\r\n]", response) if any(map(str.isalnum, part))]
     index = 4.71 * num_characters / len(words) + 0.5 * len(words) / len(sentences) - 21.43
     return 1 - min(max(index, 0.0), ARI_SPAN) / (ARI_SPAN / 2)
+
+
+def sentence_positivity(prompt: str | list[dict[str, str]], response: str) -> float:
+    """The mean of VADER's compound sentiment over the response's distinct sentences, between -1 and 1; 0 without any.
+
+    Within a sentence every word counts once, at its first place, so that 'happy and happy and happy' is as positive as
+    'happy and'.
+
+    Raises:
+        InvalidConfiguration: the package vaderSentiment is not installed.
+    """
+    scores = [positivity(prompt, _without_repeats(sentence)) for sentence in distinct_sentences(response)]
+    return statistics.fmean(scores) if scores else 0.0
+
+
+def sentence_plainness(prompt: str | list[dict[str, str]], response: str) -> float:
+    """How easily the response's distinct sentences read: 1 - clip(ARI, 0, 20) / 10; -1 if there is none.
+
+    ARI is the mean over the sentences of 4.71 * letters and digits per word + 0.5 * words - 21.43 (Senter and Smith,
+    1967), so that a short sentence that returns counts once.
+    """
+    indices = []
+    for sentence in distinct_sentences(response):
+        words = [word for word in sentence.split() if any(map(str.isalnum, word))]
+        num_characters = sum(map(str.isalnum, sentence))
+        indices.append(4.71 * num_characters / len(words) + 0.5 * len(words) - 21.43)
+    if not indices:
+        return -1.0
+    return 1 - min(max(statistics.fmean(indices), 0.0), ARI_SPAN) / (ARI_SPAN / 2)
+
+
+def distinct_sentences(text: str) -> list[str]:
+    """Return the sentences that have a word, each once, however its case and punctuation differ.
+
+    A sentence ends at a full stop, an exclamation or question mark before a space, or at a line break.
+    """
+    found: dict[tuple[str, ...], str] = {}
+    for sentence in re.split(r"(?<=[.!?])\s+|[\r\n]+", text):
+        words = tuple(re.findall(r"\w+", sentence.lower()))
+        if any(map(str.isalnum, sentence)):
+            found.setdefault(words, sentence)
+    return list(found.values())
+
+
+def _without_repeats(sentence: str) -> str:
+    """The sentence with every word at its first place alone."""
+    first: dict[str, str] = {}
+    for word in sentence.split():
+        first.setdefault(word.lower().strip(string.punctuation), word)
+    return " ".join(first.values())
 
 
 def load_reward(name: str) -> Reward:

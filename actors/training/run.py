@@ -14,18 +14,21 @@ from typing import Any, Literal
 
 import torch
 from peft.helpers import disable_input_dtype_casting
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
 
-from actors.training.derive import add_adapter, cut_layers, merge_adapter, save_adapter
+from actors.training.base_law import BaseLaw
+from actors.training.derive import add_adapter, cut_layers, fold_output, merge_adapter, save_adapter, silence_output
 from actors.training.encoding import EncodedPair, arrange
 from actors.training.trainer import (
     ArmObjective,
     DistillationObjective,
     DpoObjective,
     Example,
+    GuidedObjective,
     GuideTrainer,
     LogFile,
     Objective,
+    SaveEvery,
 )
 from cluster.errors import InvalidConfiguration
 
@@ -33,6 +36,8 @@ CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
 SETTINGS = "settings.json"
 RESULT = "result.json"
+CHECKPOINT_PERIOD_S = 120.0
+"""Between checkpoints at most, whatever the number of steps between them: a slow run too finds one to go on from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +50,10 @@ class RunSettings:
     layers: tuple[int, ...] | None = None
     """Train a cut of the model to these layers."""
 
-    objective: Literal["arm", "dpo", "distillation"] = "arm"
+    objective: Literal["arm", "guided", "dpo", "distillation"] = "arm"
+    base: str | None = None
+    """Directory or hub id of the base that a guide is trained under, with the objective `guided`."""
+
     beta: float = 0.05
     margin: float = 0.0
     length_normalised: bool = False
@@ -70,7 +78,18 @@ class RunSettings:
 
     device: Literal["cpu", "cuda"] = "cpu"
     checkpoint_every: int = 50
-    """Steps between checkpoints."""
+    """Steps between checkpoints; between looks at the kept-back pairs as well, if that is `eval_every` or more."""
+
+    eval_every: int = 20
+    """Steps between looks at the pairs that are kept back. The best of these states is what is left in the end."""
+
+    patience: int = 3
+    """Looks in a row without a lower loss that end the run."""
+
+    @property
+    def period(self) -> int:
+        """Steps between looks, each of which is a checkpoint."""
+        return min(self.eval_every, self.checkpoint_every)
 
     def micro_batch_for(self, num_workers: int) -> int:
         """Return how many examples a worker computes at once: the largest share of its part that fits.
@@ -104,10 +123,12 @@ def train(settings: RunSettings, examples: Sequence[Example], validation: Sequen
     )
     set_seed(settings.seed)
     model, objective = build(settings)
-    trainer = GuideTrainer(
-        model, objective, _arguments(settings, output, num_workers), [examples[index] for index in order]
-    )
+    arguments = _arguments(settings, output, num_workers, has_validation=bool(validation))
+    trainer = GuideTrainer(model, objective, arguments, [examples[index] for index in order], validation)
     trainer.add_callback(LogFile(output / LOG))
+    trainer.add_callback(SaveEvery(CHECKPOINT_PERIOD_S))
+    if validation:
+        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=settings.patience))
     checkpoint = newest_checkpoint(output)
     # Under autocast the products are in bfloat16 anyway: peft need not make float32 copies of every input first.
     with disable_input_dtype_casting(model, active=settings.dtype == "bfloat16"):
@@ -129,15 +150,19 @@ def build(settings: RunSettings) -> tuple[Any, Objective]:
         settings.model, dtype=dtype, attn_implementation=attention, trust_remote_code=False
     ).eval()
     model = whole if settings.layers is None else cut_layers(whole, settings.layers)
-    objective = _objective(settings, whole)
+    if settings.objective == "guided":
+        model = silence_output(model)
+    objective = _objective(settings, whole, model)
     if settings.lora_rank:
         model = add_adapter(model, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=settings.seed)
     return model, objective
 
 
-def _objective(settings: RunSettings, whole: Any) -> Objective:
+def _objective(settings: RunSettings, whole: Any, model: Any) -> Objective:
     if settings.objective == "arm":
         return ArmObjective(beta=settings.beta, margin=settings.margin, length_normalised=settings.length_normalised)
+    if settings.objective == "guided":
+        return GuidedObjective(beta=settings.beta, base=BaseLaw(_load_base(settings), model))
     if settings.objective == "dpo":
         reference = None if settings.lora_rank else copy.deepcopy(whole).requires_grad_(False)
         return DpoObjective(beta=settings.beta, reference=reference)
@@ -146,7 +171,18 @@ def _objective(settings: RunSettings, whole: Any) -> Objective:
     return DistillationObjective(whole.requires_grad_(False).to(settings.device))
 
 
-def _arguments(settings: RunSettings, output: Path, num_workers: int) -> TrainingArguments:
+def _load_base(settings: RunSettings) -> Any:
+    """The base, frozen."""
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        settings.base,
+        dtype=torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32,
+        attn_implementation="eager" if settings.device == "cpu" else "sdpa",
+        trust_remote_code=False,
+    )
+    return base.to(settings.device)
+
+
+def _arguments(settings: RunSettings, output: Path, num_workers: int, *, has_validation: bool) -> TrainingArguments:
     micro_batch = settings.micro_batch_for(num_workers)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
     return TrainingArguments(
@@ -162,8 +198,13 @@ def _arguments(settings: RunSettings, output: Path, num_workers: int) -> Trainin
         max_grad_norm=1.0,
         logging_steps=1,
         logging_nan_inf_filter=False,
+        eval_strategy="steps" if has_validation else "no",
+        eval_steps=settings.period if has_validation else None,
+        metric_for_best_model="eval_loss" if has_validation else None,
+        greater_is_better=False if has_validation else None,
+        load_best_model_at_end=has_validation,
         save_strategy="steps",
-        save_steps=settings.checkpoint_every,
+        save_steps=settings.period if has_validation else settings.checkpoint_every,
         save_total_limit=2,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
@@ -200,6 +241,8 @@ def _save(trained: Any, settings: RunSettings, output: Path) -> None:
     if settings.lora_rank:
         save_adapter(trained, output / "adapter")
         trained = assemble(settings.model, settings.layers, output / "adapter")
+    elif settings.objective == "guided":
+        trained = fold_output(trained)
     partial = output / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)
     trained.save_pretrained(partial)

@@ -7,15 +7,17 @@ Shapes: B pairs or texts, L positions of prompt and response, T positions of the
 
 import contextlib
 import json
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from actors.training.base_law import BaseLaw
 from actors.training.encoding import EncodedPair, EncodedText
 from actors.training.objective import (
     Batch,
@@ -84,6 +86,26 @@ class DpoObjective:
             yield adapted
 
 
+class GuidedObjective:
+    """DPO on pairs with the base and the guide together as what is trained, against the base alone; the base is frozen.
+
+    The guided law is p(y) ∝ p_base(y) p_guide(y)^w at w = 1, token by token, and DPO's reference is the base itself.
+    The optimum is p_base exp(r / beta), what GenARM aims at (arXiv 2410.08193), so the guide is made for weight 1, and
+    beta bounds how far it moves the base as it does in DPO (arXiv 2305.18290).
+    """
+
+    def __init__(self, *, beta: float, base: BaseLaw) -> None:
+        self._beta = beta
+        self._base = base
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Figures]:
+        """Return the loss, the share of pairs ranked rightly by log p/p_base, and its mean difference."""
+        before_B, guided_B = self._base.log_probs(model, batch)
+        (chosen_before_B, rejected_before_B), (chosen_B, rejected_B) = before_B.chunk(2), guided_B.chunk(2)
+        loss = dpo_loss(chosen_B, rejected_B, (chosen_before_B, rejected_before_B), beta=self._beta)
+        return loss, _pair_figures(chosen_B - chosen_before_B - rejected_B + rejected_before_B)
+
+
 class DistillationObjective:
     """KL from a teacher over the whole vocabulary, on the responses' tokens: see `distillation_loss`."""
 
@@ -118,9 +140,20 @@ class GuideTrainer(Trainer):
     """A `transformers.Trainer` over an `Objective`, on examples in the very order in which they are given."""
 
     def __init__(
-        self, model: Any, objective: Objective, arguments: TrainingArguments, examples: Sequence[Example]
+        self,
+        model: Any,
+        objective: Objective,
+        arguments: TrainingArguments,
+        examples: Sequence[Example],
+        validation: Sequence[EncodedPair] = (),
     ) -> None:
-        super().__init__(model=model, args=arguments, train_dataset=examples, data_collator=collate_examples)
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=examples,
+            eval_dataset=validation or None,
+            data_collator=collate_examples,
+        )
         # The loss is a mean over each micro-batch: accumulated ones are to be averaged.
         self.model_accepts_loss_kwargs = False
         self._objective = objective
@@ -148,6 +181,15 @@ class GuideTrainer(Trainer):
         self._sums.clear()
         self._num_summed = 0
         super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the kept-back pairs, write that down, and tell the callbacks that stop and that keep the best."""
+        figures = {f"{metric_key_prefix}_{name}": value for name, value in self.measure(self.eval_dataset).items()}
+        self.log(figures)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
 
     @torch.no_grad()
     def measure(self, examples: Sequence[EncodedPair]) -> dict[str, float]:
@@ -186,3 +228,22 @@ class LogFile(TrainerCallback):
         if state.is_world_process_zero:
             with self._path.open("a") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class SaveEvery(TrainerCallback):
+    """Asks for a checkpoint when the last one is older than `period_s`; worker 0's clock decides for all."""
+
+    def __init__(self, period_s: float) -> None:
+        self._period_s = period_s
+        self._saved_at = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the clock."""
+        is_due = torch.tensor(time.monotonic() - self._saved_at > self._period_s, device=args.device)
+        if distributed.is_initialized():
+            distributed.broadcast(is_due, 0)
+        control.should_save |= bool(is_due)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        self._saved_at = time.monotonic()

@@ -1,7 +1,7 @@
 """A row's answers: written through the service, kept in files, and taken up again by the next run.
 
 Beside `<row>.jsonl`, a result file of the batch job, lies `<row>.meta.json`: what the answers were made with, how long
-that took, and their log-probabilities under the base once they are known.
+that took, and what models say of them once that is measured.
 """
 
 import asyncio
@@ -31,18 +31,24 @@ class Answer:
 
     text: str
     token_ids: Sequence[int]
+    has_ended: bool
+    """By itself, and not at a length limit."""
 
 
-class LogProbs(Settings):
-    """Log-probabilities of a row's answers, in the order of its lines, in nats."""
+class Measured(Settings):
+    """What models say of a row's first answers, in the order of its lines."""
 
-    model: str
-    """Digest of the files of the model that they are under."""
+    base: str
+    """Digest of the files of the base."""
 
     answers: str
     """Digest of the answers."""
 
-    values: list[float]
+    log_probs: list[float]
+    """Of the answers under the base at temperature 1, in nats."""
+
+    divergences: list[float]
+    """KL(the row's law || base) at temperature 1, in nats, summed over the answer's tokens."""
 
 
 class Meta(Settings):
@@ -55,7 +61,7 @@ class Meta(Settings):
     elapsed_s: float = 0.0
     """Of the runs that wrote those tokens; a run that was killed counts for neither."""
 
-    log_probs: LogProbs | None = None
+    measured: Measured | None = None
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -79,7 +85,12 @@ def row_lines(plan: Plan, row: str, prompts: Sequence[Prompt]) -> list[Line]:
     In that order more samples are more lines at the end.
     """
     weights = plan.rows[row].weights or {}
-    shared = {"max_tokens": plan.max_tokens, "temperature": plan.temperature, "weights": weights}
+    shared = {
+        "max_tokens": plan.max_tokens,
+        "temperature": plan.temperature,
+        "top_p": plan.top_p,
+        "weights": weights,
+    }
     lines: list[Line] = []
     for sample in range(1, plan.num_samples_of(row) + 1):
         for prompt in prompts:
@@ -94,6 +105,7 @@ def made_with(plan: Plan, row: str) -> dict[str, Any]:
         "weights": dict(sorted((plan.rows[row].weights or {}).items())),
         "max_tokens": plan.max_tokens,
         "temperature": plan.temperature,
+        "top_p": plan.top_p,
         "dtype": plan.dtype,
         "max_context": plan.max_context,
         "concurrency": plan.concurrency,
@@ -138,7 +150,8 @@ class KeptAnswers:
             except ValueError:
                 continue  # a last line that was half written
             if "error" not in result and digests.get(result["line"]) == result["digest"]:
-                found[result["line"]] = Answer(result["text"], result["token_ids"])
+                has_ended = result["finish_reason"] == "stop"
+                found[result["line"]] = Answer(result["text"], result["token_ids"], has_ended)
         return [found[line.number] for line in self._lines] if len(found) == len(self._lines) else None
 
     def write(self, generate: Generate) -> None:
@@ -199,17 +212,23 @@ class KeptAnswers:
         """Arrange what there is of each line by prompt, and under it by sample."""
         return [list(values[start :: self._num_prompts]) for start in range(self._num_prompts)]
 
-    def log_probs(self, answers: Sequence[Answer], model: str) -> list[float] | None:
-        """Return the answers' log-probabilities under the model of that digest, if they are kept."""
-        kept = self.meta.log_probs
-        if kept is None or (kept.model, kept.answers) != (model, _answers_digest(answers)):
-            return None
-        return kept.values
+    def measured(self, answers: Sequence[Answer], base: str) -> Measured | None:
+        """Return what was measured of these answers under the base of that digest, if it is kept."""
+        kept = self.meta.measured
+        return kept if kept is not None and (kept.base, kept.answers) == (base, _answers_digest(answers)) else None
 
-    def keep_log_probs(self, answers: Sequence[Answer], model: str, values: Sequence[float]) -> None:
-        """Keep them for the next report."""
-        kept = LogProbs(model=model, answers=_answers_digest(answers), values=list(values))
-        self._save(self.meta.model_copy(update={"log_probs": kept}))
+    def keep_measured(
+        self, answers: Sequence[Answer], base: str, log_probs: Sequence[float], divergences: Sequence[float]
+    ) -> Measured:
+        """Keep it for the next report, and return it."""
+        kept = Measured(
+            base=base,
+            answers=_answers_digest(answers),
+            log_probs=list(log_probs),
+            divergences=list(divergences),
+        )
+        self._save(self.meta.model_copy(update={"measured": kept}))
+        return kept
 
 
 def _answers_digest(answers: Sequence[Answer]) -> str:

@@ -5,19 +5,22 @@ observation.
 """
 
 import itertools
-import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from actors.prompts import Prompt, PromptEncoder
-from actors.training.objective import collate, response_log_probs, response_logits
+from actors.training.objective import IGNORED, collate, guided_logits, response_log_probs, response_logits
+from actors.training.repetition import distinct_2, longest_repeat
 
-BATCH = 16
+BATCH_TOKENS = 1024
+"""Of answers that are scored at once: each has a row of logits."""
+
 TIE = 0.05
 """Rewards that differ by no more than this are level."""
 
@@ -31,10 +34,24 @@ class ScoredAnswer:
 
     text: str
     num_tokens: int
-    log_prob: float
-    """Of all its tokens under the base at temperature 1, in nats."""
+    has_ended: bool
+    """By itself, and not at a length limit."""
+
+    law: "Law | None"
+    """What models say of it; None if that was not measured."""
 
     rewards: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Law:
+    """What models say of an answer, at temperature 1."""
+
+    log_prob: float
+    """Of all its tokens under the base, in nats."""
+
+    divergence: float
+    """KL(what wrote it || base), in nats, summed over its tokens."""
 
 
 Row = Sequence[Sequence[ScoredAnswer]]
@@ -74,20 +91,33 @@ def prompt_means(row: Row, reward: str) -> list[float]:
 
 def mean_reward(row: Row, reward: str) -> Mean:
     """Return the mean over two or more prompts, each counted as one observation."""
-    means = prompt_means(row, reward)
-    return Mean(statistics.fmean(means), Z_95 * statistics.stdev(means) / len(means) ** 0.5)
+    return _mean(prompt_means(row, reward))
 
 
-def log_prob_per_token(row: Row) -> float:
-    """Return the mean log-probability of all answers' tokens under the base, in nats."""
-    answers = list(itertools.chain.from_iterable(row))
-    return sum(answer.log_prob for answer in answers) / sum(answer.num_tokens for answer in answers)
+def _mean(values: Sequence[float]) -> Mean:
+    return Mean(statistics.fmean(values), Z_95 * statistics.stdev(values) / len(values) ** 0.5)
 
 
-def distinct_2(texts: Iterable[str]) -> float | None:
-    """Different pairs of adjacent words over all such pairs (Li et al., 2016); None where there is no pair."""
-    pairs = [pair for text in texts for pair in itertools.pairwise(re.findall(r"\w+", text.lower()))]
-    return len(set(pairs)) / len(pairs) if pairs else None
+def per_token(row: Row, value: Callable[[Law], float]) -> float:
+    """Return a mean over all tokens of the answers that were measured, in nats."""
+    known = [(answer.law, answer.num_tokens) for answer in itertools.chain.from_iterable(row) if answer.law is not None]
+    return sum(value(law) for law, _ in known) / sum(num_tokens for _, num_tokens in known)
+
+
+def share_ended(row: Row) -> Mean:
+    """Return the share of answers that ended by themselves, with its interval over prompts."""
+    return _mean([statistics.fmean(answer.has_ended for answer in answers) for answers in row])
+
+
+def mean_length(row: Row) -> float:
+    """Return the mean length of an answer in tokens."""
+    return statistics.fmean(answer.num_tokens for answer in itertools.chain.from_iterable(row))
+
+
+def longest_repeat_95(row: Row) -> float:
+    """Return the 95th percentile over answers of the longest repeated run, in words."""
+    runs = [longest_repeat(answer.text) for answer in itertools.chain.from_iterable(row)]
+    return float(np.percentile(runs, 95))
 
 
 def distinct_2_in_answer(row: Row) -> float | None:
@@ -142,19 +172,50 @@ def recovery(row: Row, source: Row, target: Row, reward: str) -> Recovery | None
 
 
 @torch.inference_mode()
-def log_probs(texts: Sequence[tuple[Prompt, Sequence[int]]], model: Any, tokenizer: Any) -> list[float]:
-    """Return log p(answer's tokens | prompt) under the model, in nats; 0 for an answer without tokens."""
+def laws(
+    texts: Sequence[tuple[Prompt, Sequence[int]]],
+    base: Any,
+    tokenizer: Any,
+    *,
+    guides: Sequence[tuple[Any, float]] = (),
+    writer: Any = None,
+) -> list[Law]:
+    """Return what the base says of answers, and how far from it what wrote them is, token by token.
+
+    Args:
+        texts: Prompts, and their answers in tokens.
+        base: A causal language model of transformers.
+        tokenizer: The base's.
+        guides: Those that wrote beside the base, with their weights.
+        writer: The model that wrote in the base's place; none if it was the base.
+    """
     encoder = PromptEncoder(tokenizer)
     encoded = [(encoder.encode(prompt), answer) for prompt, answer in texts]
     order = sorted(
-        (index for index, (_, answer) in enumerate(encoded) if answer),
-        key=lambda index: len(encoded[index][0]) + len(encoded[index][1]),
+        (index for index, (_, answer) in enumerate(encoded) if answer), key=lambda index: len(encoded[index][1])
     )
-    found = [0.0] * len(encoded)
-    for start in range(0, len(order), BATCH):
-        indices = order[start : start + BATCH]
+    found = [Law(0.0, 0.0)] * len(encoded)
+    while order:
+        size = max(1, BATCH_TOKENS // len(encoded[order[-1]][1]))
+        indices, order = order[-size:], order[:-size]
         batch = collate([encoded[index][0] for index in indices], [encoded[index][1] for index in indices])
-        sums = response_log_probs(response_logits(model, batch), batch.targets_BT)
-        for index, value in zip(indices, sums.tolist(), strict=True):
-            found[index] = value
+        base_BTV = response_logits(base, batch)
+        log_probs_B = response_log_probs(base_BTV, batch.targets_BT)
+        divergence_B = torch.zeros(len(indices))
+        if guides or writer is not None:
+            law_BTV = response_logits(writer or base, batch)
+            for guide, weight in guides:
+                law_BTV = guided_logits(law_BTV, response_logits(guide, batch), weight)
+            by_answer = zip(law_BTV, base_BTV, strict=True)
+            divergence_BT = torch.stack([_divergence(law_TV, base_TV) for law_TV, base_TV in by_answer])
+            divergence_B = (divergence_BT * (batch.targets_BT != IGNORED)).sum(1)
+        for index, log_prob, divergence in zip(indices, log_probs_B.tolist(), divergence_B.tolist(), strict=True):
+            found[index] = Law(log_prob, divergence)
     return found
+
+
+def _divergence(law_TV: Tensor, base_TV: Tensor) -> Tensor:
+    """KL(law || base) at every position, [T], in nats."""
+    law_TV, base_TV = law_TV.log_softmax(-1), base_TV.log_softmax(-1)
+    # A token that a guide forbids has probability 0, and adds nothing.
+    return (law_TV.exp() * (law_TV - base_TV).nan_to_num(neginf=0.0)).sum(-1)

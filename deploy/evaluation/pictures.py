@@ -48,19 +48,35 @@ def require_matplotlib() -> Any:
 
 
 def draw_alignment(table: Alignment, path: Path) -> None:
-    """Draw every way of writing: its reward against how likely the base finds its text."""
-    figure = require_matplotlib()(figsize=(7.2, 4.8), layout="constrained")
+    """Draw every way of writing: its reward against its KL to the base, coloured by how little an answer repeats."""
+    figure = require_matplotlib()(figsize=(8, 5.2), layout="constrained")
     axes = figure.subplots()
-    labels = []
-    for number, line in enumerate(table.lines):
-        mean, color = line.rewards[table.reward], f"C{number % 10}"
-        place = (line.log_prob_per_token, mean.value)
-        axes.errorbar(*place, yerr=mean.interval, fmt="o", capsize=3, color=color)
-        labels.append(Label(line.row, place, color))
-    axes.set_xlabel("log p per token under the base (nats)")
+    places = [(line.divergence_per_token, line.rewards[table.reward]) for line in table.lines]
+    axes.errorbar(
+        [x for x, _ in places],
+        [mean.value for _, mean in places],
+        yerr=[mean.interval for _, mean in places],
+        fmt="none",
+        ecolor="0.6",
+        capsize=3,
+    )
+    points = axes.scatter(
+        [x for x, _ in places],
+        [mean.value for _, mean in places],
+        c=[1.0 if line.distinct_2_in_answer is None else line.distinct_2_in_answer for line in table.lines],
+        cmap="RdYlGn",
+        vmin=0.5,
+        vmax=1,
+        edgecolors="0.3",
+        zorder=3,
+    )
+    figure.colorbar(points, ax=axes, label="distinct-2 in an answer")
+    axes.set_xlabel("KL to the base a token (nats)")
     axes.set_ylabel(f"mean {table.reward} (reward, 95 % interval)")
-    axes.set_title("Reward against likelihood")
-    _finish(axes, labels)
+    axes.set_title("Reward against KL; red repeats itself")
+    _finish(
+        axes, [Label(line.row, (x, mean.value), "0.1") for line, (x, mean) in zip(table.lines, places, strict=True)]
+    )
     figure.savefig(path, dpi=DPI)
 
 

@@ -107,6 +107,10 @@ class Plan(Settings):
     num_samples: int = Field(default=4, ge=1)
     max_tokens: int = Field(ge=1)
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    num_measured: int = Field(default=1, ge=1)
+    """Answers to each prompt whose log-probability and KL are measured, which costs as much as writing them."""
+
     concurrency: int = Field(default=32, ge=1, le=4096)
     """Answers that are written at a time."""
 
@@ -123,6 +127,15 @@ class Plan(Settings):
     rows: dict[str, Row] = Field(min_length=1)
     tables: Tables = Tables()
     fronts: dict[str, Front] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _default_table(self) -> "Plan":
+        """A plan that names no table has one of all its rows, against the first."""
+        if self.tables.alignment is None and self.tables.recovery is None and not self.fronts:
+            rows = list(self.rows)
+            alignment = AlignmentTable(reward=next(iter(self.rewards)), against=rows[0], rows=rows)
+            object.__setattr__(self, "tables", Tables(alignment=alignment))
+        return self
 
     def num_samples_of(self, row: str) -> int:
         """Return how many answers to each prompt a row keeps."""

@@ -45,6 +45,11 @@ class Prompt:
         """As a request has it."""
         return {"prompt" if isinstance(self.content, str) else "messages": self.content}
 
+    @property
+    def last(self) -> str:
+        """What is asked: the text, or the last turn."""
+        return self.content if isinstance(self.content, str) else self.content[-1]["content"]
+
     def seed(self, sample: int) -> int:
         """Return the seed of its answer number `sample`: the same in every row, whatever other prompts there are."""
         return derive_seed(f"{sample}:{json.dumps(self.content)}")

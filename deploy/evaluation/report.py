@@ -1,7 +1,8 @@
 """An evaluation's report: report.md for people, results.json for programs, and the pictures beside them."""
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from deploy.evaluation.fronts import Standing
 from deploy.evaluation.measures import NUM_RESAMPLES, TIE, Mean, Outcome
 from deploy.evaluation.pictures import draw_alignment, draw_fronts
 from deploy.evaluation.plan import Plan
-from deploy.evaluation.tables import Alignment, AlignmentLine, FrontData, RecoveryData, Results
+from deploy.evaluation.tables import Alignment, AlignmentLine, FrontData, RecoveryData, Results, Sample
 
 MILLION = 1e6
 ALIGNMENT_PICTURE = "alignment.png"
@@ -36,7 +37,8 @@ def _report(plan: Plan, num_prompts: int, results: Results, *, has_fronts: bool)
     yield ""
     yield (
         f"{num_prompts} held-out prompts (`{plan.prompts}`), written through the service by `{plan.base}` in "
-        f"{plan.dtype}: at most {plan.max_tokens} tokens at temperature {plan.temperature:g}, {plan.concurrency} "
+        f"{plan.dtype}: at most {plan.max_tokens} tokens at temperature {plan.temperature:g} and top_p {plan.top_p:g}, "
+        f"{plan.concurrency} "
         f"answers at a time. Plan `{plan.digest}`. Intervals are 95 %; answers to one prompt count as one observation, "
         "their mean."
     )
@@ -51,6 +53,17 @@ def _report(plan: Plan, num_prompts: int, results: Results, *, has_fronts: bool)
         yield from _front(name, front)
     if has_fronts:
         yield from ("", f"![Fronts]({FRONTS_PICTURE})")
+    yield from _samples(results.samples)
+
+
+def _samples(samples: Mapping[str, Sequence[Sample]]) -> Iterator[str]:
+    """Whole answers, under each prompt those of all rows."""
+    yield from ("", "## Answers to read", "", "The first answer of each row to the first prompts, whole.")
+    for number, (first, *_) in enumerate(itertools.zip_longest(*samples.values())):
+        yield from ("", f"### {first.prompt}")
+        for row, of_row in samples.items():
+            yield from ("", f"**{row}**", "")
+            yield from (f"> {line}" for line in of_row[number].answer.strip().split("\n"))
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -67,9 +80,13 @@ def _alignment(plan: Plan, table: Alignment) -> Iterator[str]:
         "answers",
         table.reward,
         *others,
+        "KL / token",
         "log p / token",
+        "ended, %",
+        "tokens",
         "distinct-2 in an answer",
         "distinct-2 over the row",
+        "longest repeat",
         "tokens/s",
         "million parameters / token",
         f"win / tie / lose against {table.against}, %",
@@ -77,7 +94,19 @@ def _alignment(plan: Plan, table: Alignment) -> Iterator[str]:
     yield from ("", "## Alignment")
     yield from _table(header, [_alignment_cells(line, [table.reward, *others]) for line in table.lines])
     yield f"* **{', '.join([table.reward, *others])}**: mean reward; higher is better."
-    yield "* **log p / token**: of the answers' tokens under the base at temperature 1, in nats."
+    yield (
+        f"* **KL / token**: KL(this way of writing || base) at temperature 1, in nats, and **log p / token**: of the "
+        f"answers' tokens under the base; the means over the tokens of the first {plan.num_measured} answers to each "
+        "prompt."
+    )
+    yield (
+        f"* **ended**: the share of answers that ended by themselves within {plan.max_tokens} tokens; **tokens**: the "
+        "mean length of all."
+    )
+    yield (
+        "* **longest repeat**: words in a row that say again what was said just before them; the 95th percentile of "
+        "the answers' longest."
+    )
     yield (
         "* **distinct-2**: different pairs of adjacent words over all such pairs. Over the row it is taken over the "
         f"first {table.num_samples_of_distinct_2} answers to each prompt in every row, since more text repeats more."
@@ -91,7 +120,7 @@ def _alignment(plan: Plan, table: Alignment) -> Iterator[str]:
         f"* **win / tie / lose**: each answer against each of {table.against}'s to the same prompt, by {table.reward}; "
         f"a difference of at most {TIE:g} is a tie."
     )
-    yield from ("", f"![Reward against log p per token]({ALIGNMENT_PICTURE})")
+    yield from ("", f"![Reward against KL per token]({ALIGNMENT_PICTURE})")
 
 
 def _alignment_cells(line: AlignmentLine, rewards: Sequence[str]) -> list[str]:
@@ -99,9 +128,13 @@ def _alignment_cells(line: AlignmentLine, rewards: Sequence[str]) -> list[str]:
         line.row,
         str(line.num_answers),
         *(_mean(line.rewards[reward]) for reward in rewards),
+        f"{line.divergence_per_token:.3f}",
         f"{line.log_prob_per_token:.3f}",
+        f"{100 * line.ended.value:.0f} ± {100 * line.ended.interval:.0f}",
+        f"{line.mean_length:.0f}",
         _number(line.distinct_2_in_answer, 3),
         _number(line.distinct_2_over_row, 3),
+        f"{line.longest_repeat_95:.0f}",
         _number(line.tokens_per_s, 1),
         f"{line.num_parameters / MILLION:.1f}",
         _outcome(line.outcome),

@@ -1,8 +1,10 @@
-"""Scores the answers that are kept: rewards, log-probabilities under the base, and what a row costs."""
+"""Scores the answers that are kept: rewards, log-probabilities and KL under the base, and what a row costs."""
 
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,7 +15,7 @@ from actors.training.rewards import Reward
 from actors.training.rewards import score as apply_reward
 from actors.training.soup import count_parameters
 from deploy.evaluation.answers import Answer, KeptAnswers, files_digest
-from deploy.evaluation.measures import Row, ScoredAnswer, best_of, log_probs
+from deploy.evaluation.measures import Law, Row, ScoredAnswer, best_of, laws
 from deploy.evaluation.plan import Plan
 from deploy.evaluation.prompts import Prompt
 
@@ -33,14 +35,14 @@ class ScoredRow:
 
 
 class Scorer:
-    """Scores rows one after the other; loads the base at most once, and only for answers without log-probabilities."""
+    """Scores rows one after the other; loads models only for answers that were not measured yet, the base once."""
 
     def __init__(self, plan: Plan, prompts: Sequence[Prompt], rewards: Mapping[str, Reward]) -> None:
         self._plan = plan
         self._prompts = prompts
         self._rewards = rewards
         self._base_digest = files_digest(plan.base_path)
-        self._base: tuple[object, object] | None = None
+        self._base: tuple[Any, Any] | None = None
 
     def score(self, kept: Mapping[str, KeptAnswers]) -> dict[str, ScoredRow]:
         """Return every row of the plan whose answers are complete, in the plan's order.
@@ -62,13 +64,17 @@ class Scorer:
         return scored
 
     def _score_written(self, row: str, files: KeptAnswers, answers: Sequence[Answer]) -> ScoredRow:
-        log_probs = files.log_probs(answers, self._base_digest)
-        if log_probs is None:
-            print(f"{row}: log-probabilities under the base", file=sys.stderr, flush=True)
-            log_probs = self._log_probs(answers)
-            files.keep_log_probs(answers, self._base_digest, log_probs)
+        num_measured = min(self._plan.num_measured, self._plan.num_samples_of(row)) * len(self._prompts)
+        measured = files.measured(answers[:num_measured], self._base_digest)
+        if measured is None:
+            print(f"{row}: log-probabilities and KL", file=sys.stderr, flush=True)
+            found = self._laws(row, answers[:num_measured])
+            log_probs, divergences = [law.log_prob for law in found], [law.divergence for law in found]
+            measured = files.keep_measured(answers[:num_measured], self._base_digest, log_probs, divergences)
+        laws = [Law(*values) for values in zip(measured.log_probs, measured.divergences, strict=True)]
         scored = []
-        for number, pairs in enumerate(files.by_prompt(list(zip(answers, log_probs, strict=True)))):
+        padded = [*laws, *[None] * (len(answers) - len(laws))]
+        for number, pairs in enumerate(files.by_prompt(list(zip(answers, padded, strict=True)))):
             prompt = self._prompts[number].content
             texts = [answer.text for answer, _ in pairs]
             by_reward = {
@@ -79,10 +85,11 @@ class Scorer:
                     ScoredAnswer(
                         text=answer.text,
                         num_tokens=len(answer.token_ids),
-                        log_prob=log_prob,
+                        has_ended=answer.has_ended,
+                        law=law,
                         rewards={name: values[sample] for name, values in by_reward.items()},
                     )
-                    for sample, (answer, log_prob) in enumerate(pairs)
+                    for sample, (answer, law) in enumerate(pairs)
                 ]
             )
         guides = sum(count_parameters(self._plan.guide_path(guide)) for guide in self._plan.guides_of(row))
@@ -93,15 +100,35 @@ class Scorer:
             num_guide_parameters=guides,
         )
 
-    def _log_probs(self, answers: Sequence[Answer]) -> list[float]:
+    def _laws(self, row: str, answers: Sequence[Answer]) -> list[Law]:
         if self._base is None:
-            model = AutoModelForCausalLM.from_pretrained(
-                self._plan.base_path, dtype=torch.float32, trust_remote_code=False
-            ).eval()
-            self._base = model, AutoTokenizer.from_pretrained(self._plan.base_path, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(self._plan.base_path, trust_remote_code=False)
+            self._base = _load(self._plan.base_path), tokenizer
         prompts = [_as_model_prompt(prompt) for prompt in self._prompts]
         texts = [(prompts[line % len(prompts)], answer.token_ids) for line, answer in enumerate(answers)]
-        return log_probs(texts, *self._base)
+        settings = self._plan.rows[row]
+        weights = settings.weights or {}
+        guides = [(_load(self._plan.guide_path(guide)), weights[guide]) for guide in self._plan.guides_of(row)]
+        return laws(texts, *self._base, guides=guides, writer=_load_average(self._plan.parts_of(row), settings.model))
+
+
+def _load(directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).eval()
+
+
+def _load_average(parts: Mapping[Path, float], model: str | None) -> Any:
+    """The model that wrote in the base's place, of one directory or of several averaged; None if it was the base."""
+    if model is None:
+        return None
+    (first, share), *others = parts.items()
+    loaded = _load(first)
+    weights = loaded.state_dict()
+    for value in weights.values():
+        value.mul_(share)
+    for directory, share in others:
+        for name, value in _load(directory).state_dict().items():
+            weights[name].add_(value, alpha=share)
+    return loaded
 
 
 def _as_model_prompt(prompt: Prompt) -> ModelPrompt:

@@ -7,9 +7,13 @@ from deploy.evaluation import measures
 from deploy.evaluation.fronts import Point, Standing, stand
 from deploy.evaluation.measures import Mean, Outcome, Recovery
 from deploy.evaluation.plan import AlignmentTable, Front, Plan, RecoveryTable
+from deploy.evaluation.prompts import Prompt
 from deploy.evaluation.scoring import ScoredRow
 
 Scored = Mapping[str, ScoredRow]
+
+NUM_SAMPLES = 3
+"""Answers of each row that the report prints whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +24,18 @@ class AlignmentLine:
     num_answers: int
     rewards: dict[str, Mean]
     log_prob_per_token: float
+    divergence_per_token: float
+    """KL(this way of writing || base), in nats."""
+
+    ended: Mean
+    """The share of answers that ended by themselves."""
+
+    mean_length: float
+    """In tokens."""
+
+    longest_repeat_95: float
+    """The 95th percentile of the longest repeated run, in words."""
+
     distinct_2_in_answer: float | None
     distinct_2_over_row: float | None
     tokens_per_s: float | None
@@ -76,22 +92,40 @@ class FrontData:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """An answer to read."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
     """All that the report says."""
 
     alignment: Alignment | None
     recovery: RecoveryData | None
+    samples: dict[str, list[Sample]]
+    """Answers to read, by row: the first ones to the first prompts."""
+
     fronts: dict[str, FrontData]
     missing: list[str] = field(default_factory=list)
     """Rows of the plan without all their answers."""
 
 
-def build(plan: Plan, scored: Scored) -> Results:
+def build(plan: Plan, prompts: Sequence[Prompt], scored: Scored) -> Results:
     """Fill the plan's tables and fronts with what has been scored."""
     tables = plan.tables
     return Results(
         alignment=None if tables.alignment is None else _alignment(plan, tables.alignment, scored),
         recovery=None if tables.recovery is None else _recovery(tables.recovery, scored),
+        samples={
+            row: [
+                Sample(prompt=prompt.last, answer=answers[0].text)
+                for prompt, answers in list(zip(prompts, of_row.answers, strict=True))[:NUM_SAMPLES]
+            ]
+            for row, of_row in scored.items()
+        },
         fronts={name: _front(front, scored) for name, front in plan.fronts.items()},
         missing=[row for row in plan.rows if row not in scored],
     )
@@ -112,7 +146,11 @@ def _alignment(plan: Plan, table: AlignmentTable, scored: Scored) -> Alignment |
                 row=row,
                 num_answers=sum(map(len, answers)),
                 rewards={name: measures.mean_reward(answers, name) for name in plan.rewards},
-                log_prob_per_token=measures.log_prob_per_token(answers),
+                log_prob_per_token=measures.per_token(answers, lambda law: law.log_prob),
+                divergence_per_token=measures.per_token(answers, lambda law: law.divergence),
+                ended=measures.share_ended(answers),
+                mean_length=measures.mean_length(answers),
+                longest_repeat_95=measures.longest_repeat_95(answers),
                 distinct_2_in_answer=measures.distinct_2_in_answer(answers),
                 distinct_2_over_row=measures.distinct_2_over_row(answers, num_samples),
                 tokens_per_s=scored[row].tokens_per_s,

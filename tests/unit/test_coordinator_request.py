@@ -6,11 +6,11 @@ import pytest
 
 from actors.coordinator.request import Generation, parse_request
 from actors.prompts import Prompt
-from actors.settings import GuidanceSettings
-from cluster.errors import InvalidRequest, UnknownModel
+from actors.settings import GuidanceSettings, parse_guidance
+from cluster.errors import InvalidConfiguration, InvalidRequest, UnknownModel
 
-GUIDANCE = GuidanceSettings(
-    guides=["kind", "terse"], profiles={"kinder": {"kind": 1.5}, "both": {"terse": 1, "kind": 2}}
+GUIDANCE = parse_guidance(
+    {"guides": ["kind", "terse"], "profiles": {"kinder": {"kind": 1.5}, "both": {"terse": 1, "kind": 2}}}
 )
 DEADLINE_S = 600.0
 
@@ -98,3 +98,44 @@ def test_none_is_absent() -> None:
 
 def test_a_request_may_have_a_shorter_time() -> None:
     assert parse({"prompt": "x", "timeout": 2}).timeout_s == 2
+
+
+def test_a_profile_may_say_how_to_sample_and_leave_the_weight_to_the_guide() -> None:
+    guidance = GuidanceSettings.model_validate(
+        {
+            "guides": ["kind", "terse"],
+            "profiles": {
+                "kinder": {"weights": {"kind": "auto", "terse": 0.5}, "sampling": {"temperature": 0.7, "top_p": 0.9}},
+                "short": {"sampling": {"max_tokens": 5}},
+                "plain": {"kind": 1.5},
+            },
+        }
+    )
+
+    def parsed(**fields: Any) -> Generation:
+        return parse_request(guidance, {"prompt": "x", "seed": 1, **fields}, 60)
+
+    kinder = parsed(model="kinder")
+    assert kinder.weights == {"kind": None, "terse": 0.5}
+    assert (kinder.sampling.temperature, kinder.sampling.top_p, kinder.max_tokens) == (0.7, 0.9, None)
+    other = parsed(model="kinder", temperature=0, weights={"kind": 2, "terse": "auto"}, top_p=None)
+    assert other.weights == {"kind": 2.0, "terse": None}
+    assert (other.sampling.temperature, other.sampling.top_p) == (0, 0.9), "what a request says comes first"
+    assert (parsed(model="short").weights, parsed(model="short").max_tokens) == ({}, 5)
+    assert (parsed(model="plain").weights, parsed(model="plain").sampling.temperature) == ({"kind": 1.5}, 1.0)
+    with pytest.raises(InvalidRequest, match=r"weights\.kind"):
+        parsed(weights={"kind": "much"})
+
+
+@pytest.mark.parametrize(
+    ("profile", "says"),
+    [
+        ({"weights": {"kind": 1}, "sampling": {"temperatur": 1}}, "temperatur"),
+        ({"weights": {"kind": 1}, "sampling": {"top_p": 0}}, "top_p"),
+        ({"weights": {"joy": 1}}, "there is no guide 'joy'"),
+        ({"kind": "most"}, "profiles.x.weights.kind"),
+    ],
+)
+def test_an_impossible_profile_is_refused(profile: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidConfiguration, match=says):
+        parse_guidance({"guides": ["kind"], "profiles": {"x": profile}})

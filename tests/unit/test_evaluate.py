@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -9,14 +10,16 @@ import torch
 from actors.prompts import Prompt
 from deploy.evaluation import measures
 from deploy.evaluation.fronts import Point, front, stand
-from deploy.evaluation.measures import Mean, ScoredAnswer
+from deploy.evaluation.measures import Law, Mean, ScoredAnswer
 from tests.tiny import llama, tokenizer
 
 TEXTS = [(Prompt("abc"), [5, 6, 7]), (Prompt("abc"), [8]), (Prompt("d"), []), (Prompt("d"), [9, 10])]
 
 
-def answer(reward: float, text: str = "", *, num_tokens: int = 1, log_prob: float = 0.0) -> ScoredAnswer:
-    return ScoredAnswer(text=text, num_tokens=num_tokens, log_prob=log_prob, rewards={"r": reward})
+def answer(
+    reward: float, text: str = "", *, num_tokens: int = 1, law: Law | None = None, has_ended: bool = True
+) -> ScoredAnswer:
+    return ScoredAnswer(text=text, num_tokens=num_tokens, has_ended=has_ended, law=law, rewards={"r": reward})
 
 
 def row(*rewards: Sequence[float]) -> list[list[ScoredAnswer]]:
@@ -27,12 +30,6 @@ def point(x: float, y: float, interval: float = 0.0) -> Point:
     return Point("p", Mean(x, interval), Mean(y, interval))
 
 
-def test_distinct_2_counts_pairs_of_words() -> None:
-    assert measures.distinct_2(["a b a b a"]) == 2 / 4
-    assert measures.distinct_2(["A b.", "a, b"]) == 1 / 2
-    assert measures.distinct_2(["word", ""]) is None
-
-
 def test_distinct_2_over_a_row_takes_as_many_answers_of_every_row() -> None:
     few = [[answer(0, "a b")], [answer(0, "c d")]]
     many = [[answer(0, "a b"), answer(0, "a b")], [answer(0, "c d"), answer(0, "c d")]]
@@ -41,20 +38,56 @@ def test_distinct_2_over_a_row_takes_as_many_answers_of_every_row() -> None:
     assert measures.distinct_2_in_answer(many) == 1
 
 
-def test_log_probs_are_those_of_each_answers_tokens() -> None:
-    model, tokens = llama(), tokenizer()
-    found = measures.log_probs(TEXTS, model, tokens)
-    for (prompt, answered), value in zip(TEXTS, found, strict=True):
-        ids = tokens(prompt.text).input_ids
-        with torch.inference_mode():
-            logits = model(torch.tensor([ids + answered])).logits[0].log_softmax(-1)
-        expected = sum(logits[len(ids) - 1 + i, token].item() for i, token in enumerate(answered))
-        assert value == pytest.approx(expected, rel=1e-4, abs=1e-6)
+def logits_of(model: Any, ids: list[int], answered: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([ids + answered])).logits[0, len(ids) - 1 : -1]
+    return logits
 
 
-def test_log_prob_per_token_is_over_all_tokens() -> None:
-    answers = [[answer(0, num_tokens=1, log_prob=-1.0)], [answer(0, num_tokens=3, log_prob=-7.0)]]
-    assert measures.log_prob_per_token(answers) == -2
+def test_laws_are_those_of_each_answers_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two guides of other weights, in batches of one answer and of several: as if each answer were run alone."""
+    base, kind, terse, tokens = llama(seed=0), llama(seed=1), llama(seed=2), tokenizer()
+    for batch_tokens in (1, 1024):
+        monkeypatch.setattr(measures, "BATCH_TOKENS", batch_tokens)
+        found = measures.laws(TEXTS, base, tokens, guides=[(kind, 0.5), (terse, -0.3)])
+        for (prompt, answered), law in zip(TEXTS, found, strict=True):
+            ids = tokens(prompt.text).input_ids
+            own = logits_of(base, ids, answered)
+            guided = own + 0.5 * logits_of(kind, ids, answered) - 0.3 * logits_of(terse, ids, answered)
+            own, guided = own.log_softmax(-1), guided.log_softmax(-1)
+            expected = sum(own[i, token].item() for i, token in enumerate(answered))
+            assert law.log_prob == pytest.approx(expected, rel=1e-4, abs=1e-6)
+            assert law.divergence == pytest.approx(float((guided.exp() * (guided - own)).sum()), rel=1e-3, abs=1e-5)
+
+
+def test_the_law_of_another_writer_is_its_own() -> None:
+    base, other, tokens = llama(seed=0), llama(seed=1), tokenizer()
+    (found,) = measures.laws(TEXTS[:1], base, tokens, writer=other)
+    ids, answered = tokens("abc").input_ids, TEXTS[0][1]
+    law, own = (logits_of(model, ids, answered).log_softmax(-1) for model in (other, base))
+    assert found.divergence == pytest.approx(float((law.exp() * (law - own)).sum()), rel=1e-3)
+    assert measures.laws(TEXTS[:1], base, tokens)[0].divergence == 0
+
+
+def test_means_per_token_are_over_all_tokens_that_were_measured() -> None:
+    answers = [
+        [answer(0, num_tokens=1, law=Law(-1.0, 0.5)), answer(0, num_tokens=9)],
+        [answer(0, num_tokens=3, law=Law(-7.0, 1.5))],
+    ]
+    assert measures.per_token(answers, lambda law: law.log_prob) == -2
+    assert measures.per_token(answers, lambda law: law.divergence) == 0.5
+
+
+def test_ends_lengths_and_repeats() -> None:
+    answers = [
+        [answer(0, "so so so so", num_tokens=4), answer(0, "fine", num_tokens=2, has_ended=False)],
+        [answer(0, "good", num_tokens=3), answer(0, "good", num_tokens=3)],
+    ]
+    ended = measures.share_ended(answers)
+    assert ended.value == 0.75
+    assert ended.interval == pytest.approx(1.96 * math.sqrt(0.125 / 2))
+    assert measures.mean_length(answers) == 3
+    assert measures.longest_repeat_95(answers) == pytest.approx(0.85 * 3)
 
 
 def test_answers_to_one_prompt_are_one_observation() -> None:

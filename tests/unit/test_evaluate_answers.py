@@ -130,14 +130,17 @@ def test_a_failure_is_told_and_tried_again(
     assert len(again.requests) == 2
 
 
-def test_log_probs_are_kept_for_these_answers_and_this_base(plan: dict[str, Any], tmp_path: Path) -> None:
+def test_what_was_measured_is_kept_for_these_answers_and_this_base(plan: dict[str, Any], tmp_path: Path) -> None:
     row = kept(plan, tmp_path)
     row.write(Writer().generate)
     answers = row.read()
     assert answers is not None
-    row.keep_log_probs(answers, "base-1", [-1.5] * 6)
-    assert kept(plan, tmp_path).log_probs(answers, "base-1") == [-1.5] * 6
-    assert row.log_probs(answers, "base-2") is None
-    assert row.log_probs(answers[::-1], "base-1") is None
+    row.keep_measured(answers[:3], "base-1", [-1.5] * 3, [0.25] * 3)
+    measured = kept(plan, tmp_path).measured(answers[:3], "base-1")
+    assert measured is not None
+    assert (measured.log_probs, measured.divergences) == ([-1.5] * 3, [0.25] * 3)
+    assert row.measured(answers[:3], "base-2") is None
+    assert row.measured(answers[2::-1], "base-1") is None
+    assert row.measured(answers, "base-1") is None
     assert row.meta.num_timed_tokens == 12, "the time is kept beside them"
     assert json.loads((tmp_path / "guided.meta.json").read_text())["made_with"]["weights"] == {"kind": 0.5}

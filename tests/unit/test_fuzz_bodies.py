@@ -9,13 +9,13 @@ from fastapi import FastAPI
 from starlette.types import Message
 
 from actors.coordinator.request import parse_request
-from actors.settings import CoordinatorSettings, GuidanceSettings
+from actors.settings import CoordinatorSettings, parse_guidance
 from deploy.access import Access, Guard
 from deploy.openai_schema import ChatCompletionRequest, CompletionRequest
 from deploy.responses import answer_errors
 from tests.hostile import GOOD, LARGE, Hostile, hostile_requests, names_what_is_wrong
 
-GUIDANCE = GuidanceSettings(guides=["kind"], profiles={"kinder": {"kind": 0.5}})
+GUIDANCE = parse_guidance({"guides": ["kind"], "profiles": {"kinder": {"kind": 0.5}}})
 
 
 def application() -> FastAPI:

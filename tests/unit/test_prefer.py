@@ -15,7 +15,7 @@ import torch
 from actors.coordinator.sequence import Piece
 from actors.prompts import Prompt, PromptEncoder
 from actors.settings import CHECKOUT
-from actors.training.preferences import sample_answers
+from actors.training.sampling import draw_answers
 from cluster.errors import InvalidRequest, Overloaded, TrimtabError
 from deploy.batch import Progress
 from deploy.prefer import main
@@ -94,15 +94,16 @@ def test_answers_are_those_of_the_models_own_distribution(prefer: Prefer, folder
     wanted: dict[Any, list[list[int]]] = {}
     for start in range(0, len(prompts), BATCH):
         members = by_length[start : start + BATCH]
-        drawn = sample_answers(
-            tiny.llama(),
+        drawn = draw_answers(
+            [tiny.llama()],
             [prompts[i] for i in members],
-            num_samples=NUM_SAMPLES,
+            [(number, ()) for number in range(len(members)) for _ in range(NUM_SAMPLES)],
             max_tokens=MAX_TOKENS,
-            end_token=tokenizer.eos_token_id,
+            end_tokens={tokenizer.eos_token_id},
             generator=torch.Generator().manual_seed(SEED + start),
         )
-        wanted |= {IDS[i]: answers for i, answers in zip(members, drawn, strict=True)}
+        tokens = [answer.tokens for answer in drawn]
+        wanted |= {IDS[i]: tokens[NUM_SAMPLES * k : NUM_SAMPLES * (k + 1)] for k, i in enumerate(members)}
     records = read(folder / "pairs.answers.jsonl")
     assert {record["id"]: [answer["token_ids"] for answer in record["answers"]] for record in records} == wanted
     for record in records:

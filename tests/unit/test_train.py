@@ -16,7 +16,7 @@ from cluster.errors import InvalidConfiguration
 from deploy import derive, train
 from deploy.derive import parse_layers
 from deploy.train import split_by_prompt
-from deploy.training import Job, prepare_output, progress
+from deploy.training import Job, choose_dtype, prepare_output, progress
 from tests.tiny import llama, save
 
 ROWS = [{"prompt": f"prompt {i}", "chosen": "yes", "rejected": "no"} for i in range(40)]
@@ -44,10 +44,10 @@ def options_of(model: str, data: str, *more: str) -> Any:
 def test_the_defaults_are_the_papers(model: str, data: Callable[[list[Any]], str]) -> None:
     job, _ = train.prepare(options_of(model, data(ROWS * 20)))
     settings = job.settings
-    assert (settings.objective, settings.beta, settings.batch_size, settings.learning_rate) == ("arm", 0.05, 32, 5e-4)
+    assert (settings.objective, settings.beta, settings.batch_size, settings.learning_rate) == ("arm", 0.05, 16, 5e-4)
     assert (settings.lora_rank, settings.lora_alpha) == (8, 16)
     assert (settings.margin, settings.length_normalised) == (0.0, False)
-    assert settings.num_steps == round(len(job.examples) / 32)
+    assert settings.num_steps == max(64, round(len(job.examples) / 16))
 
 
 def test_the_report_says_what_was_kept_and_what_was_not(model: str, data: Callable[[list[Any]], str]) -> None:
@@ -67,6 +67,12 @@ def test_the_report_says_what_was_kept_and_what_was_not(model: str, data: Callab
     [
         (["--beta", "0"], "--beta: 0.0 is not above 0"),
         (["--loss", "dpo", "--margin", "1"], "belong to --loss arm"),
+        (["--base", "BASE", "--length-normalised"], "belong to --loss arm without --base"),
+        (["--base", "BASE", "--loss", "dpo"], "--base is for guides"),
+        (["--base", "BASE", "--keep", "2"], "--keep: is for the base's own layers"),
+        (["--base", "/nowhere/at/all"], "--base: no model at /nowhere/at/all"),
+        (["--eval-every", "0"], "--eval-every: 0 is not above 0"),
+        (["--patience", "0"], "--patience: 0 is not above 0"),
         (["--lora-rank", "0"], "--full trains all weights"),
         (["--full", "--lora-alpha", "4"], "--lora-alpha: --full trains no adapter"),
         (["--learning-rate", "-1"], "--learning-rate: -1.0"),
@@ -81,8 +87,45 @@ def test_the_report_says_what_was_kept_and_what_was_not(model: str, data: Callab
 def test_options_that_cannot_work_are_refused(
     model: str, data: Callable[[list[Any]], str], more: list[str], message: str
 ) -> None:
+    more = [model if each == "BASE" else each for each in more]
     with pytest.raises(InvalidConfiguration, match=message):
         train.prepare(options_of(model, data(ROWS), *more))
+
+
+def under_base(base: str, data: str, *more: str) -> RunSettings:
+    options = train.parse_arguments(["--base", base, "--data", data, "--output", "nowhere", *more])
+    return train.prepare(options)[0].settings
+
+
+def test_a_guide_under_a_base_is_made_of_its_first_layers(model: str, data: Callable[[list[Any]], str]) -> None:
+    settings = under_base(model, data(ROWS))
+    assert (settings.objective, settings.model, settings.base) == ("guided", model, model)
+    assert (settings.layers, settings.beta) == ((0,), 0.1)
+    assert under_base(model, data(ROWS), "--keep", "2").layers == (0, 1)
+    assert under_base(model, data(ROWS), "--model", model).layers is None
+    with pytest.raises(InvalidConfiguration, match="--keep: 4 layers cannot be kept; the base has 3"):
+        under_base(model, data(ROWS), "--keep", "4")
+    nothing = train.parse_arguments(["--data", data(ROWS), "--output", "nowhere"])
+    with pytest.raises(InvalidConfiguration, match="--model: name what to train, or a --base"):
+        train.prepare(nothing)
+
+
+def test_few_pairs_are_trained_on_for_some_steps_all_the_same(model: str, data: Callable[[list[Any]], str]) -> None:
+    for more, steps in (([], 64), (["--epochs", "1"], 2), (["--steps", "7"], 7)):
+        settings = under_base(model, data(ROWS), *more)
+        assert settings.num_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("found", "on_gpu", "dtype"),
+    [({}, False, "float32"), ({"avx512_bf16": True}, False, "bfloat16"), ({}, True, "bfloat16")],
+)
+def test_products_are_in_bfloat16_where_the_hardware_has_it(
+    monkeypatch: pytest.MonkeyPatch, found: dict[str, bool], on_gpu: bool, dtype: str
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: found)
+    assert choose_dtype("auto", on_gpu=on_gpu) == dtype
+    assert choose_dtype("float32", on_gpu=on_gpu) == "float32"
 
 
 def test_a_model_that_is_not_there_is_refused_with_its_path(data: Callable[[list[Any]], str]) -> None:

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from actors.training.rewards import EXAMPLE, load_reward, plainness, positivity, score
+from actors.training.rewards import (
+    EXAMPLE,
+    distinct_sentences,
+    load_reward,
+    plainness,
+    positivity,
+    score,
+    sentence_plainness,
+    sentence_positivity,
+)
 from cluster.errors import InvalidConfiguration
 
 
@@ -49,7 +58,7 @@ def test_short_words_and_sentences_are_plain() -> None:
 
 
 def test_the_shipped_rewards_are_found_by_name() -> None:
-    assert load_reward(EXAMPLE) is positivity
+    assert load_reward(EXAMPLE) is sentence_positivity
     assert load_reward("actors.training.rewards:plainness") is plainness
 
 
@@ -63,7 +72,10 @@ def test_a_reward_in_the_current_directory_is_found(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("positivity", "'positivity' is not of the form module:function, such as actors.training.rewards:positivity"),
+        (
+            "positivity",
+            "'positivity' is not of the form module:function, such as actors.training.rewards:sentence_positivity",
+        ),
         ("actors/training/rewards.py:positivity", "is not of the form"),
         (":f", "is not of the form"),
         (".rewards:f", "is not of the form"),
@@ -95,3 +107,25 @@ def test_a_reward_that_fails_names_the_prompt() -> None:
 def test_a_reward_that_is_no_number_names_the_prompt(value: float) -> None:
     with pytest.raises(InvalidConfiguration, match="reward of answer 1 to prompt 7"):
         score(lambda prompt, response: value, "x", ["a"], number=7)
+
+
+def test_the_rewards_of_sentences_are_not_won_by_saying_it_again() -> None:
+    once = "The day was long. I am happy. It rained."
+    for again in (once + " I am happy." * 20, once + " I AM happy!\n" * 3, once.replace("happy", "happy and happy")):
+        assert sentence_positivity("x", again) == pytest.approx(sentence_positivity("x", once), abs=1e-9)
+        assert sentence_plainness("x", again) == pytest.approx(sentence_plainness("x", once), abs=0.25)
+        assert positivity("x", again) > positivity("x", once)
+
+
+def test_the_rewards_of_sentences_do_not_grow_with_length() -> None:
+    """A sentence as positive as the others changes nothing; one that is not lowers the mean."""
+    text = "I love this place. We love this town."
+    assert sentence_positivity("x", f"{text} They love this street.") == pytest.approx(sentence_positivity("x", text))
+    assert sentence_positivity("x", f"{text} A table has four legs.") < sentence_positivity("x", text)
+    assert sentence_positivity("x", "...") == 0
+    assert sentence_plainness("x", "...") == -1
+    assert sentence_plainness("x", "The cat sat.") > sentence_plainness("x", "Incontrovertible institutionalisation.")
+
+
+def test_sentences_are_told_apart_by_their_words() -> None:
+    assert distinct_sentences("It is 3.5 m. It is 3.5 M!\nNo? no\n\n--- Yes") == ["It is 3.5 m.", "No?", "--- Yes"]
