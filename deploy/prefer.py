@@ -37,6 +37,8 @@ def collect_answers(options: argparse.Namespace, prompts: Sequence[Asked]) -> An
         "top_p": options.top_p,
         "seed": options.seed,
     }
+    if options.model and options.sentence:
+        sampling["sentence"] = options.sentence
     file = AnswersFile(options.answers, num_samples=options.samples, sampling=sampling)
     try:
         answers = file.read(prompts)

@@ -170,7 +170,8 @@ class AnswersFile:
         limit = self._sampling["max_tokens"]
         for answer in line.answers:
             length = len(answer.token_ids)
-            if length > limit or (answer.finish_reason == "length" and length < limit):
+            may_be_cut = "sentence" in self._sampling or length == limit
+            if length > limit or (answer.finish_reason == "length" and not may_be_cut):
                 return f"an answer of {length} tokens ({answer.finish_reason}) does not fit --max-tokens {limit}"
         for name, value in (line.sampling or {}).items():
             if value != self._sampling.get(name):

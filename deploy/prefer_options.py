@@ -17,7 +17,7 @@ from deploy.prefer_sampling import DTYPES
 MIN_TEMPERATURE = 0.01
 """Below, the samples of a prompt are all the same."""
 
-LOCAL_DEFAULTS = {"dtype": "float32", "batch": 10}
+LOCAL_DEFAULTS = {"dtype": "float32", "batch": 10, "sentence": None}
 SERVICE_DEFAULTS = {"profile": None, "weights": None, "concurrency": 16}
 
 
@@ -96,6 +96,13 @@ def _add_ways_of_sampling(parser: argparse.ArgumentParser) -> None:
     service.add_argument("--concurrency", type=int, metavar="N", help="open requests at a time (16)")
     local = parser.add_argument_group("from a model in this process")
     local.add_argument("--model", type=Path, metavar="DIR", help="of a transformers model; no service is needed")
+    local.add_argument(
+        "--sentence",
+        type=int,
+        metavar="N",
+        help="cut answers off at the end of the first sentence behind N tokens: pairs of sentences after the same "
+        "beginning teach more a token than whole answers, where the reward is one of sentences",
+    )
     local.add_argument("--dtype", choices=list(DTYPES), help="bfloat16 is fast on CPUs that have it (float32)")
     local.add_argument("--batch", type=int, metavar="N", help="prompts at a time (10)")
 
@@ -116,6 +123,7 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
         "max_length_difference": 0,
         "max_repeat": 0,
         "pairs_per_prompt": 0,
+        "sentence": 1,
         "seed": 0,
     }
     for name, limit in least.items():

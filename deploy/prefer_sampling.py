@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.prompts import Prompt, PromptEncoder
-from actors.training.sampling import answer_prompts
+from actors.training.sampling import answer_prompts, sentence_ends
 from cluster.errors import InvalidConfiguration, InvalidRequest, TrimtabError
 from deploy.batch import PAUSES_S, Generate, Progress, answer_all
 from deploy.batch_lines import Line, derive_seed
@@ -58,6 +58,8 @@ def sample_locally(
         top_p=options.top_p,
         seed=options.seed,
         batch=options.batch,
+        stops=sentence_ends(tokenizer) if options.sentence else (),
+        min_tokens=options.sentence or 0,
     ):
         texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
         answers = [

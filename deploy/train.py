@@ -7,6 +7,7 @@ model directory that deploy.yaml can name as a guide. Method: GenARM (arXiv 2410
 import argparse
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -83,6 +84,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", help="train under this base, which the guide is to steer: directory or hub id")
     parser.add_argument("--loss", choices=("arm", "dpo"), default="arm", help="GenARM's, or DPO's as a baseline (arm)")
     parser.add_argument("--beta", type=float, help="of the loss (0.05 for arm, 0.1 for dpo and with --base)")
+    parser.add_argument(
+        "--kl", type=float, help="what a nat of KL a token from the base costs beside the loss, with --base (0.5)"
+    )
     parser.add_argument("--margin", type=float, default=0.0, help="by which chosen is to win, arm only (0)")
     parser.add_argument("--length-normalised", action="store_true", help="mean log-probabilities, arm only")
     parser.add_argument("--lora-rank", type=int, help="of an adapter on all projections (8)")
@@ -134,6 +138,21 @@ def _first_layers(options: argparse.Namespace) -> tuple[int, ...] | None:
     return tuple(range(keep))
 
 
+def _kl(options: argparse.Namespace) -> float:
+    """What KL costs.
+
+    Raises:
+        InvalidConfiguration: it is below 0, or there is no base.
+    """
+    if options.kl is None:
+        return 0.5 if options.base else 0.0
+    if not options.base:
+        raise InvalidConfiguration("--kl: is the distance from a --base; name one, or leave it out")
+    if not (math.isfinite(options.kl) and options.kl >= 0):
+        raise InvalidConfiguration(f"--kl: {options.kl} is not 0 or more")
+    return float(options.kl)
+
+
 def settings_from(options: argparse.Namespace, num_pairs: int, layers: tuple[int, ...] | None = None) -> RunSettings:
     """Return the run's settings.
 
@@ -152,6 +171,7 @@ def settings_from(options: argparse.Namespace, num_pairs: int, layers: tuple[int
     return RunSettings(
         objective=objective,
         base=options.base,
+        kl=_kl(options),
         layers=layers,
         beta=beta,
         margin=options.margin,

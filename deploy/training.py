@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayError
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -32,6 +32,8 @@ from cluster.errors import InvalidConfiguration, TrimtabError
 
 REPORT_PERIOD_S = 10.0
 POLL_S = 0.5
+FIGURES = ("loss", "accuracy", "margin", "divergence")
+"""That the progress shows, of those that a step has."""
 RAY = "ray"
 """Ray Train's own folder, below the output; gone after a run that came to its end."""
 
@@ -323,8 +325,13 @@ def check_room(wanted: Mapping[str, float]) -> None:
 
 def _reason(error: Exception) -> str:
     """What the first worker that failed raised, without the way there."""
-    failures = [str(failure).strip() for failure in getattr(error, "worker_failures", {}).values()]
-    return (failures or [str(error)])[0].splitlines()[-1]
+    failures = list(getattr(error, "worker_failures", {}).values())
+    first = failures[0] if failures else error
+    text = str(first).strip()
+    if isinstance(first, OutOfMemoryError) or "OutOfMemoryError" in text:
+        # Whole: it has the node's figures, and what used how much.
+        return f"the workers ran out of memory; lower --micro-batch or --max-response-tokens. Ray says: {text}"
+    return text.splitlines()[-1]
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -400,4 +407,6 @@ def _read_lines(log: Path, position: int) -> list[bytes]:
 
 
 def _figures(step: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {step[name]:.3f}" for name in ("loss", "accuracy", "margin") if name in step)
+    return ", ".join(
+        f"{name} {step[name]:.3f}" for name in ("loss", "accuracy", "margin", "divergence") if name in step
+    )

@@ -8,6 +8,7 @@ the next.
 Shapes: B sequences, T positions of the response, D hidden size, V vocabulary.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from actors.training.derive import SilentOutput
 from actors.training.objective import (
     IGNORED,
     Batch,
+    divergence,
     guided_logits,
-    output_log_probs,
     response_log_probs,
     response_logits,
+    steered_law,
 )
 
 KEPT_BYTES = 2**31
@@ -31,51 +33,65 @@ PROBE = (1, 2, 3, 4, 5)
 """Tokens by which two ways to the same logits are compared."""
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What two laws say of responses, in nats."""
+
+    before_B: Tensor
+    """log p(response | prompt) under the base."""
+
+    guided_B: Tensor
+    """The same under base and guide together."""
+
+    divergence_B: Tensor
+    """KL(both together || base), summed over the response's tokens."""
+
+
 class BaseLaw:
-    """Log-probabilities of responses under the base, and under base and guide together at weight 1."""
+    """What the base says of responses, and base and guide together at weight 1."""
 
     def __init__(self, base: Any, guide: Any) -> None:
         """Take both as they are before an adapter is added to the guide; the base is changed and no longer of use."""
         self._base = base.eval().requires_grad_(False)
-        self._kept: dict[bytes, tuple[Tensor, float]] = {}
+        self._kept: dict[bytes, Tensor] = {}
         self._room = KEPT_BYTES
         self._weight_VD = shared_output(base, guide)
         if self._weight_VD is not None:
             guide.get_output_embeddings().ends_in_hidden = True
             base.set_output_embeddings(nn.Identity())
 
-    def log_probs(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return log p(response | prompt) under the base, and under the base and the guide `model`, each [B]."""
+    def compare(self, model: Any, batch: Batch) -> Compared:
+        """Return what the base says of the responses, and the base together with the guide `model`."""
         if self._weight_VD is None:
             with torch.no_grad():
                 base_BTV = response_logits(self._base, batch)
             guided_BTV = guided_logits(base_BTV, response_logits(model, batch), 1.0)
-            return response_log_probs(base_BTV, batch.targets_BT), response_log_probs(guided_BTV, batch.targets_BT)
-        base_BTD, before_B = self._hidden(batch, self._weight_VD)
-        guided_BTD = response_logits(model, batch) + base_BTD
-        return before_B, output_log_probs(guided_BTD, self._weight_VD, batch.targets_BT)
+            return Compared(
+                before_B=response_log_probs(base_BTV, batch.targets_BT),
+                guided_B=response_log_probs(guided_BTV, batch.targets_BT),
+                divergence_B=divergence(guided_BTV, base_BTV, batch.targets_BT),
+            )
+        hidden_BTD = self._hidden(batch, self._weight_VD)
+        shift_BTD = response_logits(model, batch)
+        return Compared(*steered_law(shift_BTD, hidden_BTD, self._weight_VD, batch.targets_BT))
 
     @torch.no_grad()
-    def _hidden(self, batch: Batch, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """The base's last hidden states at the responses' tokens, and the responses' log-probabilities."""
+    def _hidden(self, batch: Batch, weight_VD: Tensor) -> Tensor:
+        """The base's last hidden states at the responses' tokens, [B, T, D]."""
         keys = [_key(tokens, mask) for tokens, mask in zip(batch.tokens_BL, batch.mask_BL, strict=True)]
         if not all(key in self._kept for key in keys):
             hidden_BTD = response_logits(self._base, batch)
-            before_B = output_log_probs(hidden_BTD, weight_VD, batch.targets_BT)
-            for key, hidden_TD, before, targets_T in zip(
-                keys, hidden_BTD, before_B.tolist(), batch.targets_BT, strict=True
-            ):
-                self._keep(key, hidden_TD[targets_T != IGNORED].to(weight_VD.dtype), before)
-            return hidden_BTD, before_B
-        found = [self._kept[key] for key in keys]
-        hidden_BTD = nn.utils.rnn.pad_sequence([hidden_TD for hidden_TD, _ in found], batch_first=True).float()
+            for key, hidden_TD, targets_T in zip(keys, hidden_BTD, batch.targets_BT, strict=True):
+                self._keep(key, hidden_TD[targets_T != IGNORED].to(weight_VD.dtype))
+            return hidden_BTD
+        hidden_BTD = nn.utils.rnn.pad_sequence([self._kept[key] for key in keys], batch_first=True).float()
         num_missing = batch.targets_BT.shape[1] - hidden_BTD.shape[1]
-        return F.pad(hidden_BTD, (0, 0, 0, num_missing)), hidden_BTD.new_tensor([before for _, before in found])
+        return F.pad(hidden_BTD, (0, 0, 0, num_missing))
 
-    def _keep(self, key: bytes, hidden_TD: Tensor, before: float) -> None:
+    def _keep(self, key: bytes, hidden_TD: Tensor) -> None:
         size = hidden_TD.numel() * hidden_TD.element_size()
         if key not in self._kept and size <= self._room:
-            self._kept[key] = hidden_TD.clone(), before
+            self._kept[key] = hidden_TD.clone()
             self._room -= size
 
 

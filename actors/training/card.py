@@ -37,7 +37,7 @@ def write_card(
     last = steps[-LAST:]
     figures = {
         f"{name}, mean of the last {len(last)} steps": sum(line[name] for line in last) / len(last)
-        for name in ("loss", "accuracy", "margin")
+        for name in ("loss", "accuracy", "margin", "divergence")
         if last and name in last[0]
     }
     figures |= {f"{name} on validation pairs": value for name, value in validation.items()}

@@ -96,15 +96,39 @@ def response_log_probs(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return log_probs_N.view(targets_BT.shape).sum(1)
 
 
-def output_log_probs(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
-    """`response_log_probs` of hidden states before an output layer without bias, [B]; its logits are never all there.
+def steered_law(
+    shift_BTD: Tensor, hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What an output layer without bias says of responses, without and with a shift of the hidden states before it.
 
-    Rows without a target cost nothing. No gradient reaches the output layer.
+    Rows without a target cost nothing, and logits are never all there. Gradients reach the shift alone.
+
+    Args:
+        shift_BTD: What is added to the hidden states.
+        hidden_BTD: Those of a frozen model.
+        weight_VD: The output layer.
+        targets_BT: The responses' tokens.
+
+    Returns:
+        log p(response) without the shift and with it, and KL(with it || without it) summed over the response, each [B],
+        in nats.
     """
     is_target_BT = targets_BT != IGNORED
-    log_probs_N: Tensor = _OutputLogProbs.apply(hidden_BTD[is_target_BT], weight_VD, targets_BT[is_target_BT])  # type: ignore[no-untyped-call]
-    log_probs_BT = log_probs_N.new_zeros(targets_BT.shape).masked_scatter(is_target_BT, log_probs_N)
-    return log_probs_BT.sum(1)
+    chosen = (shift_BTD[is_target_BT], hidden_BTD[is_target_BT], weight_VD, targets_BT[is_target_BT])
+    by_token = _SteeredLaw.apply(*chosen)  # type: ignore[no-untyped-call]
+    before_B, after_B, divergence_B = (
+        of_token_N.new_zeros(targets_BT.shape).masked_scatter(is_target_BT, of_token_N).sum(1)
+        for of_token_N in by_token
+    )
+    return before_B, after_B, divergence_B
+
+
+def divergence(guided_BTV: Tensor, base_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """KL(guided || base) summed over the responses' tokens, [B], in nats."""
+    guided_BTV, base_BTV = guided_BTV.log_softmax(-1), base_BTV.log_softmax(-1)
+    # A token that a guide forbids has probability 0, and adds nothing.
+    by_token_BT = (guided_BTV.exp() * (guided_BTV - base_BTV).nan_to_num(neginf=0.0)).sum(-1)
+    return (by_token_BT * (targets_BT != IGNORED)).sum(1)
 
 
 def arm_loss(chosen_B: Tensor, rejected_B: Tensor, *, beta: float, margin: float = 0.0) -> Tensor:
@@ -170,31 +194,41 @@ class _TargetLogProbs(torch.autograd.Function):
         return gradient_NV, None
 
 
-class _OutputLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T) at the targets, [N]; its gradient is made on the way forward."""
+class _SteeredLaw(torch.autograd.Function):
+    """`steered_law` by token, [N]; its gradients are made on the way forward."""
 
     @staticmethod
-    def forward(context: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-        log_probs_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
-        gradient_ND = torch.empty_like(hidden_ND, dtype=torch.float32)
+    def forward(
+        context: Any, shift_ND: Tensor, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        before_N, after_N, divergence_N = hidden_ND.new_empty(3, len(hidden_ND), dtype=torch.float32)
+        by_log_prob_ND, by_divergence_ND = torch.empty(2, *hidden_ND.shape, device=hidden_ND.device)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for rows in _chunks(len(hidden_ND), OUTPUT_CHUNK):
-                targets_C1 = targets_N[rows, None]
-                scores_CV = F.linear(hidden_ND[rows].to(weight_VD.dtype), weight_VD).float()
-                scores_CV.sub_(scores_CV.amax(1, keepdim=True))
-                chosen_C = scores_CV.gather(1, targets_C1)[:, 0]
-                sums_C = scores_CV.exp_().sum(1)
-                log_probs_N[rows] = chosen_C - sums_C.log()
-                scores_CV.div_(-sums_C[:, None])
-                scores_CV.scatter_add_(1, targets_C1, torch.ones_like(scores_CV[:, :1]))
-                gradient_ND[rows] = (scores_CV.to(weight_VD.dtype) @ weight_VD).float()
-        context.save_for_backward(gradient_ND)
-        return log_probs_N
+                targets_C1, hidden_CD = targets_N[rows, None], hidden_ND[rows].float()
+                base_CV, steered_CV = (
+                    F.linear(states.to(weight_VD.dtype), weight_VD).float().log_softmax(-1)
+                    for states in (hidden_CD, hidden_CD + shift_ND[rows])
+                )
+                before_N[rows] = base_CV.gather(1, targets_C1)[:, 0]
+                after_N[rows] = steered_CV.gather(1, targets_C1)[:, 0]
+                probabilities_CV = steered_CV.exp()
+                ratio_CV = steered_CV.sub_(base_CV)
+                divergence_N[rows] = torch.linalg.vecdot(probabilities_CV, ratio_CV)
+                ratio_CV.sub_(divergence_N[rows, None]).mul_(probabilities_CV)
+                by_divergence_ND[rows] = (ratio_CV.to(weight_VD.dtype) @ weight_VD).float()
+                error_CV = probabilities_CV.neg_()
+                error_CV.scatter_add_(1, targets_C1, torch.ones_like(error_CV[:, :1]))
+                by_log_prob_ND[rows] = (error_CV.to(weight_VD.dtype) @ weight_VD).float()
+        context.save_for_backward(by_log_prob_ND, by_divergence_ND)
+        context.mark_non_differentiable(before_N)
+        return before_N, after_N, divergence_N
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient_ND,) = context.saved_tensors
-        return gradient_ND * gradients[0][:, None], None, None
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        by_log_prob_ND, by_divergence_ND = context.saved_tensors
+        _, of_log_prob_N, of_divergence_N = gradients
+        return by_log_prob_ND * of_log_prob_N[:, None] + by_divergence_ND * of_divergence_N[:, None], None, None, None
 
 
 class _Divergence(torch.autograd.Function):

@@ -55,6 +55,9 @@ class RunSettings:
     """Directory or hub id of the base that a guide is trained under, with the objective `guided`."""
 
     beta: float = 0.05
+    kl: float = 0.0
+    """What a nat of KL(guided || base) a token costs, with the objective `guided`."""
+
     margin: float = 0.0
     length_normalised: bool = False
     lora_rank: int = 8
@@ -162,7 +165,7 @@ def _objective(settings: RunSettings, whole: Any, model: Any) -> Objective:
     if settings.objective == "arm":
         return ArmObjective(beta=settings.beta, margin=settings.margin, length_normalised=settings.length_normalised)
     if settings.objective == "guided":
-        return GuidedObjective(beta=settings.beta, base=BaseLaw(_load_base(settings), model))
+        return GuidedObjective(beta=settings.beta, kl=settings.kl, base=BaseLaw(_load_base(settings), model))
     if settings.objective == "dpo":
         reference = None if settings.lora_rank else copy.deepcopy(whole).requires_grad_(False)
         return DpoObjective(beta=settings.beta, reference=reference)

@@ -6,6 +6,7 @@ of its own, then temperature and top-p. The noise is torch's, so a seed gives ot
 Shapes: P prompts, R answers that are still written, M models (the base first), L positions so far, V vocabulary.
 """
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ def draw_answers(
     generator: torch.Generator,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    stops: Collection[int] = (),
+    min_tokens: int = 0,
 ) -> list[Drawn]:
     """Draw an answer for every row, all of them in one batch.
 
@@ -54,11 +57,13 @@ def draw_answers(
         generator: Of the noise.
         temperature: Above 0.
         top_p: In (0, 1].
+        stops: Any of them cuts an answer off behind it, once it has `min_tokens`; see `sentence_ends`.
+        min_tokens: See there.
     """
     answers = [Drawn([], 0.0) for _ in rows]
     voices = [_Voice(model, prompts, [prompt for prompt, _ in rows]) for model in models]
     weights_RM = torch.tensor([[1.0, *weights] for _, weights in rows])
-    ends = torch.tensor(sorted(end_tokens))
+    ends, late_ends = torch.tensor(sorted(end_tokens)), torch.tensor(sorted({*end_tokens, *stops}))
     live = torch.arange(len(rows))
     is_over_R = torch.zeros(len(rows), dtype=torch.bool)
     for position in range(max_tokens):
@@ -72,7 +77,7 @@ def draw_answers(
             if not is_over:
                 answers[index].tokens.append(token)
                 answers[index].divergence += nats
-        is_over_R |= torch.isin(drawn_R, ends)
+        is_over_R |= torch.isin(drawn_R, late_ends if position + 1 >= min_tokens else ends)
         if is_over_R.all() or position + 1 == max_tokens:
             break
         if is_over_R.sum() > len(live) / 3:
@@ -83,6 +88,12 @@ def draw_answers(
         for voice in voices:
             voice.append(drawn_R)
     return answers
+
+
+def sentence_ends(tokenizer: Any) -> set[int]:
+    """Return the tokens that end a sentence: by a full stop, an exclamation or question mark, or a new line."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return {token for token, text in enumerate(texts) if re.search(r"[.!?][\"')\]]*\s*$|\n", text)}
 
 
 class _Voice:
@@ -174,6 +185,8 @@ def answer_prompts(
     top_p: float,
     seed: int,
     batch: int,
+    stops: Collection[int] = (),
+    min_tokens: int = 0,
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """Yield the index of every pending prompt with its responses, `batch` prompts of about the same length at a time.
 
@@ -194,6 +207,8 @@ def answer_prompts(
             generator=torch.Generator().manual_seed(seed + start),
             temperature=temperature,
             top_p=top_p,
+            stops=stops,
+            min_tokens=min_tokens,
         )
         for number, i in enumerate(members):
             if i in pending:

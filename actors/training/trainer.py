@@ -91,19 +91,24 @@ class GuidedObjective:
 
     The guided law is p(y) ∝ p_base(y) p_guide(y)^w at w = 1, token by token, and DPO's reference is the base itself.
     The optimum is p_base exp(r / beta), what GenARM aims at (arXiv 2410.08193), so the guide is made for weight 1, and
-    beta bounds how far it moves the base as it does in DPO (arXiv 2305.18290).
+    beta bounds how far it moves the base as it does in DPO (arXiv 2305.18290). With few pairs that loss makes chosen
+    responses less likely too, as long as rejected ones lose more: what it takes from both goes to other texts. KL, over
+    the whole vocabulary at every token, keeps that in bounds.
     """
 
-    def __init__(self, *, beta: float, base: BaseLaw) -> None:
+    def __init__(self, *, beta: float, kl: float, base: BaseLaw) -> None:
+        """Take DPO's beta, and what a nat of KL(guided || base) a token costs beside it."""
         self._beta = beta
+        self._kl = kl
         self._base = base
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Figures]:
-        """Return the loss, the share of pairs ranked rightly by log p/p_base, and its mean difference."""
-        before_B, guided_B = self._base.log_probs(model, batch)
-        (chosen_before_B, rejected_before_B), (chosen_B, rejected_B) = before_B.chunk(2), guided_B.chunk(2)
-        loss = dpo_loss(chosen_B, rejected_B, (chosen_before_B, rejected_before_B), beta=self._beta)
-        return loss, _pair_figures(chosen_B - chosen_before_B - rejected_B + rejected_before_B)
+        """Return the loss, the share of pairs ranked rightly by log p/p_base, its mean difference, and KL a token."""
+        compared = self._base.compare(model, batch)
+        chosen_B, rejected_B = (compared.guided_B - compared.before_B).chunk(2)
+        divergence = compared.divergence_B.sum() / batch.num_targets_B.sum()
+        loss = arm_loss(chosen_B, rejected_B, beta=self._beta) + self._kl * divergence
+        return loss, {**_pair_figures(chosen_B - rejected_B), "divergence": divergence.detach()}
 
 
 class DistillationObjective:
@@ -206,7 +211,7 @@ class GuideTrainer(Trainer):
                 loss, figures = self._objective.loss(model, Batch(**inputs))
             for name, value in {"loss": loss, **figures}.items():
                 sums[name] += value.item() * len(batch)
-        names = ["accuracy", "loss", "margin"]
+        names = sorted(sums)
         totals = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.args.device)
         totals = self.accelerator.reduce(totals, "sum")
         return dict(zip(names, (totals / len(examples)).tolist(), strict=True))

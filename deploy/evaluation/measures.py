@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from actors.prompts import Prompt, PromptEncoder
-from actors.training.objective import IGNORED, collate, guided_logits, response_log_probs, response_logits
+from actors.training.objective import collate, divergence, guided_logits, response_log_probs, response_logits
 from actors.training.repetition import distinct_2, longest_repeat
 
 BATCH_TOKENS = 1024
@@ -206,16 +205,7 @@ def laws(
             law_BTV = response_logits(writer or base, batch)
             for guide, weight in guides:
                 law_BTV = guided_logits(law_BTV, response_logits(guide, batch), weight)
-            by_answer = zip(law_BTV, base_BTV, strict=True)
-            divergence_BT = torch.stack([_divergence(law_TV, base_TV) for law_TV, base_TV in by_answer])
-            divergence_B = (divergence_BT * (batch.targets_BT != IGNORED)).sum(1)
-        for index, log_prob, divergence in zip(indices, log_probs_B.tolist(), divergence_B.tolist(), strict=True):
-            found[index] = Law(log_prob, divergence)
+            divergence_B = divergence(law_BTV, base_BTV, batch.targets_BT)
+        for index, log_prob, nats in zip(indices, log_probs_B.tolist(), divergence_B.tolist(), strict=True):
+            found[index] = Law(log_prob, nats)
     return found
-
-
-def _divergence(law_TV: Tensor, base_TV: Tensor) -> Tensor:
-    """KL(law || base) at every position, [T], in nats."""
-    law_TV, base_TV = law_TV.log_softmax(-1), base_TV.log_softmax(-1)
-    # A token that a guide forbids has probability 0, and adds nothing.
-    return (law_TV.exp() * (law_TV - base_TV).nan_to_num(neginf=0.0)).sum(-1)

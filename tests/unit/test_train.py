@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
 from actors.training.data import Pair, Response
 from actors.training.derive import choose_layers
 from actors.training.encoding import EncodedText
 from actors.training.run import CHECKPOINTS, SETTINGS, RunSettings, newest_checkpoint
 from cluster.errors import InvalidConfiguration
-from deploy import derive, train
+from deploy import derive, train, training
 from deploy.derive import parse_layers
 from deploy.train import split_by_prompt
 from deploy.training import Job, choose_dtype, prepare_output, progress
@@ -234,3 +235,19 @@ def test_progress_shows_accuracy_margin_and_loss(tmp_path: Path) -> None:
         log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "half')
     assert "3/3" in file.getvalue()
     assert "loss 0.500, accuracy 0.750, margin 2.000" in file.getvalue()
+
+
+class WorkersFailed(Exception):
+    """As Ray Train raises it."""
+
+    def __init__(self, failure: Exception) -> None:
+        super().__init__("Training failed")
+        self.worker_failures = {0: failure}
+
+
+def test_running_out_of_memory_is_told_with_rays_figures() -> None:
+    figures = "Task was killed: 22.1GB / 23.5GB used (0.94), threshold 0.9\nPID 7: 15.3GB\nRefer to the documentation"
+    told = training._reason(WorkersFailed(OutOfMemoryError(figures)))
+    assert "lower --micro-batch" in told
+    assert figures in told
+    assert training._reason(WorkersFailed(ValueError("way\nthere\nKeyError: 'x'"))) == "KeyError: 'x'"

@@ -23,6 +23,7 @@ PAIRS = [
     EncodedPair([14, 15], [16], [17, 18]),
 ]
 BETA = 0.3
+KL = 0.7
 
 
 def batch() -> Batch:
@@ -64,14 +65,31 @@ def expected_loss(base: Any, guide: Any) -> float:
             for side in (pair.chosen, pair.rejected)
         )
         losses.append(math.log1p(math.exp(-BETA * (chosen - rejected))))
-    return sum(losses) / len(losses)
+    return sum(losses) / len(losses) + KL * divergence(base, guide)
+
+
+def divergence(base: Any, guide: Any) -> float:
+    """KL(both || base) a token, from logits for each sequence alone."""
+    nats = []
+    for pair in PAIRS:
+        for response in (pair.chosen, pair.rejected):
+            with torch.inference_mode():
+                own, steer = (
+                    model(torch.tensor([pair.prompt + response])).logits[0].double() for model in (base, guide)
+                )
+            rows = slice(len(pair.prompt) - 1, -1)
+            law, before = (own + steer)[rows].log_softmax(-1), own[rows].log_softmax(-1)
+            nats += (law.exp() * (law - before)).sum(-1).tolist()
+    return sum(nats) / len(nats)
 
 
 def test_a_new_guide_is_no_guide_at_all() -> None:
     base = llama()
     guide = silence_output(cut_layers(base, [0]))
     assert (guide(torch.tensor([[5, 6, 7]])).logits == 0).all()
-    loss, figures = GuidedObjective(beta=BETA, base=BaseLaw(llama(), guide)).loss(adapted(guide, scale=0), batch())
+    loss, figures = GuidedObjective(beta=BETA, kl=KL, base=BaseLaw(llama(), guide)).loss(
+        adapted(guide, scale=0), batch()
+    )
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
     assert figures["margin"].item() == pytest.approx(0, abs=1e-5)
 
@@ -81,13 +99,14 @@ def test_the_loss_is_dpos_on_the_product_of_base_and_guide(kind: Any) -> None:
     """Llama shares the output layer; Gemma 2 caps its logits, so that nothing can be shared."""
     guide = guide_of(kind(), scale=0.3)
     law = BaseLaw(kind(), guide)
-    objective, model = GuidedObjective(beta=BETA, base=law), adapted(guide, scale=0.2)
+    objective, model = GuidedObjective(beta=BETA, kl=KL, base=law), adapted(guide, scale=0.2)
     first, _ = objective.loss(model, batch())
     again, figures = objective.loss(model, batch())
     guide.get_output_embeddings().ends_in_hidden = False
     wanted = expected_loss(kind(), model)
     assert first.item() == pytest.approx(wanted, abs=1e-5)
     assert again.item() == pytest.approx(wanted, abs=1e-5), "what is kept of the base is what was computed"
+    assert figures["divergence"].item() == pytest.approx(divergence(kind(), model), abs=1e-5)
     assert figures["accuracy"].item() in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
 
 
@@ -99,7 +118,7 @@ def test_the_shared_way_has_the_gradients_of_the_plain_one(monkeypatch: pytest.M
         guide = guide_of(llama(), scale=0.3)
         law = BaseLaw(llama(), guide)
         model = adapted(guide, scale=0.2)
-        loss, _ = GuidedObjective(beta=BETA, base=law).loss(model, batch())
+        loss, _ = GuidedObjective(beta=BETA, kl=KL, base=law).loss(model, batch())
         loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     shared, plain = gradients

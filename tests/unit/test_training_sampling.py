@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from actors.guidance.merge import Guidance, merge
-from actors.training.sampling import answer_prompts, draw_answers
-from tests.tiny import llama
+from actors.training.sampling import answer_prompts, draw_answers, sentence_ends
+from tests.tiny import llama, tokenizer
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 MANY = 4000
@@ -49,6 +49,24 @@ def test_an_answer_stops_after_any_end_token() -> None:
     end_token = first[2]
     stopped = _alone(end_tokens={0, end_token})[0]
     assert stopped == first[: first.index(end_token) + 1]
+
+
+def test_a_stop_cuts_an_answer_off_once_it_is_long_enough() -> None:
+    (free,) = _draw([llama()], [(0, ())], max_tokens=12)
+    for min_tokens in (0, 3, 6):
+        stop = free[5]
+        at = next(i for i, token in enumerate(free) if token == stop and i + 1 >= min_tokens)
+        (cut,) = _draw([llama()], [(0, ())], max_tokens=12, stops={stop}, min_tokens=min_tokens)
+        assert cut == free[: at + 1]
+    (late,) = _draw([llama()], [(0, ())], max_tokens=12, stops=set(free), min_tokens=9)
+    assert late == free[:9]
+
+
+def test_sentences_end_at_marks_and_lines() -> None:
+    fast = tokenizer()
+    ends = {fast.decode([token]) for token in sentence_ends(fast)}
+    assert ends >= {".", "!", "?", "\n"}
+    assert not any(text.strip().isalnum() for text in ends)
 
 
 def test_answers_that_go_on_follow_the_law_after_others_have_left_the_batch() -> None:
