@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from cluster.errors import InvalidConfiguration
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MAP_WEIGHTS = "map.safetensors"
 
 
 def choose_layers(num_layers: int, num_kept: int) -> tuple[int, ...]:
@@ -71,15 +72,19 @@ def _layer_list(model: Any) -> str:
 
 
 class OutputMap(nn.Module):
-    """A square matrix between a model's last hidden state and its output layer, [D, D]; zero at first."""
+    """A low-rank matrix between a model's last hidden state and its output layer, [D, D]; zero at first.
 
-    def __init__(self, width: int) -> None:
+    Its rank is small on purpose: a whole matrix learns some hundred pairs by heart.
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width, width))
+        self.down = nn.Parameter(torch.randn(rank, width) / width**0.5)
+        self.up = nn.Parameter(torch.zeros(width, rank))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the mapped hidden states, [..., D]."""
-        return F.linear(hidden, self.weight)
+        return F.linear(F.linear(hidden, self.down), self.up)
 
 
 class SilentOutput(nn.Module):
@@ -93,11 +98,11 @@ class SilentOutput(nn.Module):
     ends_in_hidden: bool
     """Leave the product with the output layer to the caller, who gets mapped hidden states for logits."""
 
-    def __init__(self, output: nn.Linear) -> None:
+    def __init__(self, output: nn.Linear, rank: int) -> None:
         super().__init__()
         self.ends_in_hidden = False
         self.register_buffer("weight", output.weight.detach(), persistent=False)
-        self.map = OutputMap(output.in_features).to(output.weight.device)
+        self.map = OutputMap(output.in_features, rank).to(output.weight.device)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits, [..., V]."""
@@ -107,12 +112,18 @@ class SilentOutput(nn.Module):
     def folded(self) -> nn.Linear:
         """Return the one layer that does the same, [V, D]."""
         layer = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False)
-        layer.weight = nn.Parameter((self.weight.float() @ self.map.weight.float()).to(self.weight.dtype))
+        mapped = self.weight.float() @ self.map.up.float() @ self.map.down.float()
+        layer.weight = nn.Parameter(mapped.to(self.weight.dtype))
         return layer
 
 
-def silence_output(model: Any) -> Any:
+def silence_output(model: Any, rank: int, seed: int = 0) -> Any:
     """Put a `SilentOutput` in place of the model's output layer, and return the model.
+
+    Args:
+        model: A transformers causal language model.
+        rank: Of the map.
+        seed: Of its first values.
 
     Raises:
         InvalidConfiguration: its output layer is no linear layer.
@@ -123,7 +134,8 @@ def silence_output(model: Any) -> Any:
             f"{type(model).__name__} has no linear output layer, which training under a base starts from; "
             "leave --base out"
         )
-    model.set_output_embeddings(SilentOutput(output))
+    torch.manual_seed(seed)
+    model.set_output_embeddings(SilentOutput(output, rank))
     return model
 
 
@@ -132,6 +144,13 @@ def fold_output(model: Any) -> Any:
     model.set_output_embeddings(model.get_output_embeddings().folded())
     model.config.get_text_config(decoder=True).tie_word_embeddings = False
     model.config.tie_word_embeddings = False
+    return model
+
+
+def freeze_all_but_map(model: Any) -> Any:
+    """Have only the map of the model's `SilentOutput` trained, and return the model."""
+    model.requires_grad_(False)
+    model.get_output_embeddings().map.requires_grad_(True)
     return model
 
 
@@ -173,9 +192,26 @@ def save_adapter(adapted: Any, directory: Path) -> None:
     partial.rename(directory)
 
 
+def save_map(model: Any, directory: Path) -> None:
+    """Save the map of the model's `SilentOutput` alone, rounded to bfloat16; the directory appears when it is whole."""
+    partial = directory.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.mkdir(parents=True)
+    weights = model.get_output_embeddings().map.state_dict()
+    save_file({name: value.bfloat16().contiguous() for name, value in weights.items()}, partial / MAP_WEIGHTS)
+    partial.rename(directory)
+
+
 def merge_adapter(model: Any, adapter: Path) -> Any:
-    """Return the model with a saved adapter added into its weights: a plain transformers model again."""
-    has_map = "map" in (json.loads((adapter / "adapter_config.json").read_text()).get("modules_to_save") or ())
-    if not has_map:
+    """Return the model with a saved adapter or map added into its weights: a plain transformers model again."""
+    if (adapter / MAP_WEIGHTS).is_file():
+        weights = load_file(adapter / MAP_WEIGHTS)
+        model = silence_output(model, len(weights["down"]))
+        model.get_output_embeddings().map.load_state_dict(weights)
+        return fold_output(model)
+    kept = json.loads((adapter / "adapter_config.json").read_text()).get("modules_to_save") or ()
+    if "map" not in kept:
         return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    return fold_output(PeftModel.from_pretrained(silence_output(model), str(adapter)).merge_and_unload())
+    rank = next(len(value) for name, value in load_file(adapter / ADAPTER_WEIGHTS).items() if name.endswith("map.down"))
+    return fold_output(PeftModel.from_pretrained(silence_output(model, rank), str(adapter)).merge_and_unload())

@@ -9,6 +9,7 @@ A reward is a function of a prompt, as it was given, and a response's text; high
 
 import functools
 import importlib
+import itertools
 import math
 import re
 import statistics
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from actors.training.repetition import words
 from cluster.errors import InvalidConfiguration, TrimtabError
 
 Reward = Callable[[str | list[dict[str, str]], str], float]
@@ -54,12 +56,12 @@ def plainness(prompt: str | list[dict[str, str]], response: str) -> float:
     ARI = 4.71 * letters and digits per word + 0.5 * words per sentence - 21.43 is the Automated Readability Index
     (Senter and Smith, 1967). A sentence ends at a full stop, an exclamation or question mark, or a line break.
     """
-    words = [word for word in response.split() if any(map(str.isalnum, word))]
-    if not words:
+    spoken = [word for word in response.split() if any(map(str.isalnum, word))]
+    if not spoken:
         return -1.0
     num_characters = sum(map(str.isalnum, response))
     sentences = [part for part in re.split(r"[.!?\r\n]", response) if any(map(str.isalnum, part))]
-    index = 4.71 * num_characters / len(words) + 0.5 * len(words) / len(sentences) - 21.43
+    index = 4.71 * num_characters / len(spoken) + 0.5 * len(spoken) / len(sentences) - 21.43
     return 1 - min(max(index, 0.0), ARI_SPAN) / (ARI_SPAN / 2)
 
 
@@ -84,12 +86,38 @@ def sentence_plainness(prompt: str | list[dict[str, str]], response: str) -> flo
     """
     indices = []
     for sentence in distinct_sentences(response):
-        words = [word for word in sentence.split() if any(map(str.isalnum, word))]
+        spoken = [word for word in sentence.split() if any(map(str.isalnum, word))]
         num_characters = sum(map(str.isalnum, sentence))
-        indices.append(4.71 * num_characters / len(words) + 0.5 * len(words) - 21.43)
+        indices.append(4.71 * num_characters / len(spoken) + 0.5 * len(spoken) - 21.43)
     if not indices:
         return -1.0
     return 1 - min(max(statistics.fmean(indices), 0.0), ARI_SPAN) / (ARI_SPAN / 2)
+
+
+def freshness(prompt: str | list[dict[str, str]], response: str) -> float:
+    """The share of the response's pairs of adjacent words that are new: in neither the prompt nor what came before."""
+    text = prompt if isinstance(prompt, str) else " ".join(turn["content"] for turn in prompt)
+    seen = set(itertools.pairwise(words(text)))
+    pairs = list(itertools.pairwise(words(response)))
+    num_new = 0
+    for pair in pairs:
+        num_new += pair not in seen
+        seen.add(pair)
+    return num_new / max(1, len(pairs))
+
+
+def fresh_positivity(prompt: str | list[dict[str, str]], response: str) -> float:
+    """`sentence_positivity` and half of `freshness`: for a sentence that goes on from a text, which is to be no echo.
+
+    Raises:
+        InvalidConfiguration: the package vaderSentiment is not installed.
+    """
+    return sentence_positivity(prompt, response) + 0.5 * freshness(prompt, response)
+
+
+def fresh_plainness(prompt: str | list[dict[str, str]], response: str) -> float:
+    """`sentence_plainness` and seven tenths of `freshness`: short sentences invite echoes."""
+    return sentence_plainness(prompt, response) + 0.7 * freshness(prompt, response)
 
 
 def distinct_sentences(text: str) -> list[str]:
@@ -99,9 +127,8 @@ def distinct_sentences(text: str) -> list[str]:
     """
     found: dict[tuple[str, ...], str] = {}
     for sentence in re.split(r"(?<=[.!?])\s+|[\r\n]+", text):
-        words = tuple(re.findall(r"\w+", sentence.lower()))
         if any(map(str.isalnum, sentence)):
-            found.setdefault(words, sentence)
+            found.setdefault(tuple(words(sentence)), sentence)
     return list(found.values())
 
 

@@ -17,7 +17,16 @@ from peft.helpers import disable_input_dtype_casting
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
 
 from actors.training.base_law import BaseLaw
-from actors.training.derive import add_adapter, cut_layers, fold_output, merge_adapter, save_adapter, silence_output
+from actors.training.derive import (
+    add_adapter,
+    cut_layers,
+    fold_output,
+    freeze_all_but_map,
+    merge_adapter,
+    save_adapter,
+    save_map,
+    silence_output,
+)
 from actors.training.encoding import EncodedPair, arrange
 from actors.training.trainer import (
     ArmObjective,
@@ -64,6 +73,12 @@ class RunSettings:
     """Of an adapter on all projections; 0 trains all weights."""
 
     lora_alpha: float = 16
+    map_rank: int = 16
+    """Of the matrix before the output layer, with the objective `guided`."""
+
+    map_only: bool = False
+    """Train that matrix alone; the model's layers stay as they are."""
+
     learning_rate: float = 5e-4
     warmup_share: float = 0.04
     """Of the steps; the rate then falls along a cosine."""
@@ -145,7 +160,7 @@ def train(settings: RunSettings, examples: Sequence[Example], validation: Sequen
 def build(settings: RunSettings) -> tuple[Any, Objective]:
     """Load what is trained and whatever it is compared with, and return it with its objective."""
     # Products of frozen weights in bfloat16 need no copy of them for every pass; trained ones stay float32.
-    is_frozen = settings.lora_rank > 0
+    is_frozen = settings.lora_rank > 0 or settings.map_only
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" and is_frozen else torch.float32
     # On processors torch's fused attention is slow backwards, and slow in bfloat16.
     attention = "eager" if settings.device == "cpu" else "sdpa"
@@ -154,9 +169,11 @@ def build(settings: RunSettings) -> tuple[Any, Objective]:
     ).eval()
     model = whole if settings.layers is None else cut_layers(whole, settings.layers)
     if settings.objective == "guided":
-        model = silence_output(model)
+        model = silence_output(model, settings.map_rank, settings.seed)
     objective = _objective(settings, whole, model)
-    if settings.lora_rank:
+    if settings.map_only:
+        model = freeze_all_but_map(model)
+    elif settings.lora_rank:
         model = add_adapter(model, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=settings.seed)
     return model, objective
 
@@ -241,7 +258,10 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def _save(trained: Any, settings: RunSettings, output: Path) -> None:
     """Leave the trained model as a plain directory; it has its configuration, which makes it a model, last."""
-    if settings.lora_rank:
+    if settings.map_only:
+        save_map(trained, output / "adapter")
+        trained = assemble(settings.model, settings.layers, output / "adapter")
+    elif settings.lora_rank:
         save_adapter(trained, output / "adapter")
         trained = assemble(settings.model, settings.layers, output / "adapter")
     elif settings.objective == "guided":

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from actors.training.base_law import BaseLaw, shared_output
-from actors.training.derive import add_adapter, cut_layers, merge_adapter, save_adapter, silence_output
+from actors.training.derive import (
+    add_adapter,
+    cut_layers,
+    freeze_all_but_map,
+    merge_adapter,
+    save_adapter,
+    save_map,
+    silence_output,
+)
 from actors.training.encoding import EncodedPair
 from actors.training.objective import Batch
 from actors.training.trainer import GuidedObjective, collate_examples
@@ -40,10 +48,10 @@ def log_prob(models: list[Any], prompt: list[int], response: list[int]) -> float
 
 def guide_of(base: Any, *, scale: float) -> Any:
     """A cut of the base under an adapter, whose map and adapter are no longer zero, if `scale` is not."""
-    guide = silence_output(cut_layers(base, [0]))
+    guide = silence_output(cut_layers(base, [0]), 4)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        guide.get_output_embeddings().map.weight.normal_(std=scale, generator=generator)
+        guide.get_output_embeddings().map.up.normal_(std=scale, generator=generator)
     return guide
 
 
@@ -85,7 +93,7 @@ def divergence(base: Any, guide: Any) -> float:
 
 def test_a_new_guide_is_no_guide_at_all() -> None:
     base = llama()
-    guide = silence_output(cut_layers(base, [0]))
+    guide = silence_output(cut_layers(base, [0]), 4)
     assert (guide(torch.tensor([[5, 6, 7]])).logits == 0).all()
     loss, figures = GuidedObjective(beta=BETA, kl=KL, base=BaseLaw(llama(), guide)).loss(
         adapted(guide, scale=0), batch()
@@ -129,9 +137,9 @@ def test_the_shared_way_has_the_gradients_of_the_plain_one(monkeypatch: pytest.M
 
 def test_what_is_shared_is_the_same_layer_and_nothing_after_it() -> None:
     for kind, is_shared in ((llama, True), (gemma2, False)):
-        guide = silence_output(cut_layers(kind(), [0]))
+        guide = silence_output(cut_layers(kind(), [0]), 4)
         assert (shared_output(kind(), guide) is not None) == is_shared
-    assert shared_output(llama(seed=1), silence_output(cut_layers(llama(seed=2), [0]))) is None
+    assert shared_output(llama(seed=1), silence_output(cut_layers(llama(seed=2), [0]), 4)) is None
 
 
 def test_a_saved_guide_is_a_plain_model_with_the_logits_of_the_trained_one(tmp_path: Path) -> None:
@@ -146,3 +154,18 @@ def test_a_saved_guide_is_a_plain_model_with_the_logits_of_the_trained_one(tmp_p
         # The adapter is rounded to bfloat16.
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=0.05, atol=0.05)
         torch.testing.assert_close(loaded(tokens).logits, plain(tokens).logits, rtol=0, atol=0)
+
+
+def test_a_map_alone_is_trained_saved_and_put_back(tmp_path: Path) -> None:
+    guide = freeze_all_but_map(guide_of(llama(), scale=0.3))
+    assert {name for name, value in guide.named_parameters() if value.requires_grad} == {
+        "lm_head.map.down",
+        "lm_head.map.up",
+    }
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    save_map(guide, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "map.safetensors").stat().st_size < 10_000
+    plain = merge_adapter(cut_layers(llama(), [0]), tmp_path / "adapter")
+    with torch.inference_mode():
+        # The map is rounded to bfloat16.
+        torch.testing.assert_close(plain(tokens).logits, guide(tokens).logits, rtol=0.05, atol=0.05)

@@ -9,6 +9,9 @@ import pytest
 from actors.training.rewards import (
     EXAMPLE,
     distinct_sentences,
+    fresh_plainness,
+    fresh_positivity,
+    freshness,
     load_reward,
     plainness,
     positivity,
@@ -129,3 +132,13 @@ def test_the_rewards_of_sentences_do_not_grow_with_length() -> None:
 
 def test_sentences_are_told_apart_by_their_words() -> None:
     assert distinct_sentences("It is 3.5 m. It is 3.5 M!\nNo? no\n\n--- Yes") == ["It is 3.5 m.", "No?", "--- Yes"]
+
+
+def test_what_was_said_before_is_not_fresh() -> None:
+    assert freshness("The cat sat.", "A dog ran off.") == 1
+    assert freshness("The cat sat.", "The cat ran.") == 0.5
+    turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]
+    assert freshness(turns, "A b, c e.") == pytest.approx(1 / 3)
+    assert freshness("x", "no no no no") == pytest.approx(1 / 3)
+    assert fresh_positivity("x", "I love it.") == sentence_positivity("x", "I love it.") + 0.5
+    assert fresh_plainness("I love it.", "I love it.") == sentence_plainness("x", "I love it.")
