@@ -1,0 +1,30 @@
+"""What importing a module costs: nothing is compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from actors.settings import CHECKOUT
+
+COMPILATIONS = """
+from numba.core import event
+
+with event.install_recorder("numba:run_pass") as recorder:
+    import actors.base_model, actors.guide, actors.coordinator.coordinator, deploy.applications, deploy.check
+    assert not recorder.buffer, recorder.buffer[0][1].data
+    from actors.engine.compiled import kernels
+    assert kernels.product_address() == kernels.product_address()
+    assert recorder.buffer
+"""
+"""Records the passes of numba's compiler."""
+
+
+def test_kernels_are_compiled_when_they_are_asked_for_and_not_at_import(tmp_path: Path) -> None:
+    # An empty cache: nothing is read from there in place of compiling it.
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILATIONS], cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.rglob("*_enter_product*.nbi"))
