@@ -26,7 +26,8 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 """Relative model paths start here."""
 
 NO_GUIDANCE = "base"
-"""The profile that every service has: the base model alone."""
+"""The profile that every service has: the base model alone. Also what the base is called beside guides, so that no
+guide can have the name."""
 
 MAX_WEIGHT = 1000.0
 """Largest weight of a guide, either way: far beyond any use, and far from float32's overflow."""
@@ -289,7 +290,9 @@ class GuidanceSettings(Settings):
     """Named weights by guide, or `{weights: ..., sampling: ...}`; a request picks one as its `model`."""
 
     @model_validator(mode="after")
-    def _check_profiles(self) -> "GuidanceSettings":
+    def _check_names(self) -> "GuidanceSettings":
+        if NO_GUIDANCE in self.guides:
+            raise ValueError(f"guides: {NO_GUIDANCE!r} always means the base model; give the guide another name")
         if NO_GUIDANCE in self.profiles:
             raise ValueError(f"profiles: {NO_GUIDANCE!r} always means no guidance; give the profile another name")
         for profile, settings in self.profiles.items():

@@ -122,6 +122,7 @@ def at(path: str) -> Callable[[Config, Any], None]:
         ("trimtab.args.limits.deadline_s", -1, r"args.limits.deadline_s: .*greater than 0, not -1"),
         ("trimtab.deployments.0.user_config.profile", {}, r"deployments\[0\].user_config.profile: there is no such"),
         ("trimtab.deployments.0.user_config.profiles", {"base": {}}, r"'base' always means no guidance"),
+        ("trimtab.deployments.0.user_config.guides", ["base"], r"user_config.*: guides: 'base' always means the base"),
         ("trimtab.deployments.0.user_config.profiles", {"x": {"kin": 1.0}}, r"profiles.x: there is no guide 'kin'"),
         ("trimtab.deployments.0.user_config.profiles", {"x": {"positivity": float("inf")}}, r"finite"),
         ("trimtab.deployments.0.user_config.profiles", {"x y": {}}, r"user_config.profiles"),
