@@ -3,6 +3,7 @@
 Unknown keys, wrong types and impossible values are errors that name the key. Nothing here loads a model.
 """
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -313,10 +314,19 @@ def locate_model(model: str) -> str:
     path = CHECKOUT / Path(model).expanduser()
     if path.exists() or model.startswith(("/", "./", "../", "~", "models/")):
         if not (path / "config.json").is_file():
-            remedy = "run `make models`" if path.parent == CHECKOUT / "models" else "check the path"
-            raise ValueError(f"no model at {path} (no config.json there); {remedy}")
+            raise ValueError(f"no model at {path} (no config.json there); {_remedy(path)}")
         return str(path.resolve())
     return model
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a directory that holds no model."""
+    if (path / "adapter_config.json").is_file():
+        return "it is an adapter: merge it into its base model with peft's merge_and_unload, and save the whole model"
+    models = [config.parent.name for config in path.parent.glob("*/config.json")]
+    if near := difflib.get_close_matches(path.name, models, n=1):
+        return f"did you mean {path.with_name(near[0])}?"
+    return "run `make models`, or check the path" if path.parent == CHECKOUT / "models" else "check the path"
 
 
 def parse_guidance(user_config: dict[str, Any]) -> GuidanceSettings:

@@ -41,6 +41,11 @@ class HttpOptions(Protocol):
     ssl_certfile: str | None
 
 
+def names_a_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether a Ray cluster is named, which may be on other machines, and is not begun or found on this one."""
+    return environment.get("RAY_ADDRESS", "auto") not in ("", "auto", "local")
+
+
 def check_port(host: str, port: int) -> None:
     """Check that HTTP can be served at an address of this machine.
 

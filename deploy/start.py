@@ -18,7 +18,7 @@ from ray.serve.schema import ServeDeploySchema
 from ray.serve.scripts import cli
 
 from cluster.errors import InvalidConfiguration
-from deploy.port import announce, check_port, url_of
+from deploy.port import announce, check_port, names_a_cluster, url_of
 
 
 def prepare(file: Path, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -31,9 +31,7 @@ def prepare(file: Path, environment: Mapping[str, str] = os.environ) -> str | No
         schema = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text()))
     except (OSError, yaml.YAMLError, ValidationError) as error:
         raise InvalidConfiguration(f"{error}; `python -m deploy.check` says more") from error
-    # A cluster that is named may be on other machines.
-    is_here = environment.get("RAY_ADDRESS", "auto") in ("auto", "local")
-    if not is_here or schema.proxy_location == ProxyLocation.Disabled:
+    if names_a_cluster(environment) or schema.proxy_location == ProxyLocation.Disabled:
         return None
     check_port(schema.http_options.host, schema.http_options.port)
     return url_of(schema.http_options)
