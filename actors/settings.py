@@ -7,7 +7,6 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -160,11 +159,6 @@ class BaseModelSettings(Settings):
             if not any([self.resources.cpus, self.resources.gpus, *self.resources.custom.values()]):
                 raise ValueError("resources: Ray cannot place ranks that take nothing; set cpus to 0.1 or more")
         return self
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch has it."""
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
 
     @property
     def takes_turns(self) -> bool:

@@ -83,7 +83,7 @@ def _missing_memory(name: str, args: BaseModelSettings, machine: Machine) -> Ite
         return
     tokens = args.cache_tokens or max(DEFAULT_CACHE_TOKENS, args.max_context)
     shape = read_shape(args.model, max_context=args.max_context)
-    needed = tokens * shape.cache_per_token * args.torch_dtype.itemsize // args.tensor_parallel
+    needed = tokens * shape.cache_per_token * getattr(torch, args.dtype).itemsize // args.tensor_parallel
     if needed > has:
         yield (
             f"{name}.args.cache_tokens: {tokens:,} tokens take {needed / GIB:,.1f} GiB, but this machine has "

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from actors.api import Piece, Resume
 from actors.coordinator import tenancy
 from actors.coordinator.coordinator import Coordinator
-from actors.coordinator.sequence import Piece, Resume
 from actors.guidance import Sampling
 from actors.guidance import reference as oracle
 from actors.model_server import ModelServer

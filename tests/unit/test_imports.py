@@ -1,9 +1,11 @@
-"""What importing a module costs: nothing is compiled."""
+"""What importing a module costs: nothing is compiled, and what holds no model maps no torch."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from actors.settings import CHECKOUT
 
@@ -28,3 +30,14 @@ def test_kernels_are_compiled_when_they_are_asked_for_and_not_at_import(tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.rglob("*_enter_product*.nbi"))
+
+
+@pytest.mark.parametrize(
+    "modules",
+    # What a gateway's process unpickles, beside what it imports.
+    ["deploy.gateway, actors.router, actors.settings", "deploy.client", "deploy.keys", "deploy.batch", "deploy.start"],
+)
+def test_what_holds_no_model_imports_no_torch(modules: str) -> None:
+    code = f"import sys, {modules}; print({{'torch', 'transformers', 'numba'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("set()\n", 0), done.stderr
