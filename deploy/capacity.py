@@ -49,9 +49,6 @@ def shortages(schema: ServeDeploySchema, settings: Mapping[str, BaseModel], mach
         schema: the file as Serve reads it.
         settings: the args of its applications, by name.
         machine: on which it is to run.
-
-    Raises:
-        InvalidConfiguration: the engine cannot run a model.
     """
     totals = {"cpus": 0.0, "gpus": 0.0}
     there = {"cpus": machine.cpus, "gpus": machine.gpus}

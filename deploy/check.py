@@ -28,6 +28,7 @@ from deploy.access.exposure import is_loopback
 from deploy.access.keys import KeyRing
 from deploy.capacity import Machine, shortages
 from deploy.model_files import check_weights
+from deploy.planning.models import read_shape
 from deploy.port import names_a_cluster
 from deploy.validation import nearest, unknown_keys
 from deploy.validation import validate as validate
@@ -182,8 +183,10 @@ def _check_model(name: str, args: BaseModelSettings) -> Any:
         tokenizer = load_tokenizer(args.model)
     except InvalidConfiguration as error:
         raise InvalidConfiguration(f"{name}: {error}") from error
-    except (OSError, ValueError) as error:
-        raise InvalidConfiguration(f"{name}: the model {args.model!r} cannot be read: {error}") from error
+    except Exception as error:
+        # Whatever transformers makes of a configuration that it does not expect.
+        said = error if isinstance(error, OSError | ValueError) else repr(error)
+        raise InvalidConfiguration(f"{name}: the model {args.model!r} cannot be read: {said}") from error
     longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and args.max_context > longest:
         raise InvalidConfiguration(
@@ -198,6 +201,11 @@ def _check_model(name: str, args: BaseModelSettings) -> Any:
         check_shardable(config, f"{args.model} ({name})", args.tensor_parallel)
     if isinstance(args, GuideSettings) and args.rows == "hidden_states":
         check_family(config, f"{args.model} ({name})")
+    try:
+        # What the engine would refuse at start.
+        read_shape(args.model, max_context=args.max_context)
+    except InvalidConfiguration as error:
+        raise InvalidConfiguration(f"{name}: {error}") from error
     return tokenizer
 
 

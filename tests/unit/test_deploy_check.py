@@ -289,6 +289,24 @@ def test_an_adapter_and_a_path_that_is_misspelt_are_refused_with_what_to_do(conf
     refuse(config, r"args.model: no model at .*/kind .*; it is an adapter: merge it into its base model")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("hidden_size", "many", r"the model .*/kind' cannot be read: .*'hidden_size' expected int, got str"),
+        ("num_attention_heads", 0, r"ZeroDivisionError"),
+        ("rope_parameters", {"rope_type": "su", "rope_theta": 1e4}, r"KeyError\('su'\)"),
+        ("hidden_act", "none", r"KeyError"),
+        ("model_type", "bert", r"model /.*/kind \(Bert.*\): the engine cannot run it: its attention mask is neither"),
+    ],
+)
+def test_a_model_that_the_engine_cannot_run_is_refused(
+    config: Config, copied: Path, key: str, value: Any, says: str
+) -> None:
+    settings = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**settings, key: value}))
+    refuse(config, rf"(?s)^trimtab-guide-positivity: .*{says}")
+
+
 SMALL = Machine(cpus=2, gpus=0, memory_bytes=2**34)
 
 
