@@ -21,7 +21,14 @@ from transformers import AutoConfig
 from actors.engine.output import check_family
 from actors.engine.sharding import check_shardable
 from actors.guidance import check_vocabulary
-from actors.settings import NO_GUIDANCE, BaseModelSettings, CoordinatorSettings, GuidanceSettings, GuideSettings
+from actors.settings import (
+    CHECKOUT,
+    NO_GUIDANCE,
+    BaseModelSettings,
+    CoordinatorSettings,
+    GuidanceSettings,
+    GuideSettings,
+)
 from actors.vocabularies import load_tokenizer, read_vocabulary
 from cluster.errors import InvalidConfiguration
 from deploy.access.exposure import is_loopback
@@ -186,7 +193,10 @@ def _check_model(name: str, args: BaseModelSettings) -> Any:
     except Exception as error:
         # Whatever transformers makes of a configuration that it does not expect.
         said = error if isinstance(error, OSError | ValueError) else repr(error)
-        raise InvalidConfiguration(f"{name}: the model {args.model!r} cannot be read: {said}") from error
+        models = [f"models/{config.parent.name}" for config in (CHECKOUT / "models").glob("*/config.json")]
+        raise InvalidConfiguration(
+            f"{name}: the model {args.model!r} cannot be read: {said}{nearest(args.model, models)}"
+        ) from error
     longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and args.max_context > longest:
         raise InvalidConfiguration(

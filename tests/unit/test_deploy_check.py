@@ -289,6 +289,16 @@ def test_an_adapter_and_a_path_that_is_misspelt_are_refused_with_what_to_do(conf
     refuse(config, r"args.model: no model at .*/kind .*; it is an adapter: merge it into its base model")
 
 
+def test_a_path_that_looks_like_a_hub_id_is_recognised(
+    config: Config, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(models / "kind", tmp_path / "models" / "positivity")
+    monkeypatch.setattr("deploy.check.CHECKOUT", tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    applications(config)["trimtab-guide-positivity"]["args"]["model"] = "modles/positivity"
+    refuse(config, r"(?s)the model 'modles/positivity' cannot be read: .*; did you mean 'models/positivity'\?")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
