@@ -1,7 +1,7 @@
 """The HTTP port while a service starts: whether it is free, who holds it, and when the service answers there.
 
 Serve opens its port so that others can open it too (SO_REUSEPORT): two services on one would share its requests in
-silence. Holds no model and knows nothing of Ray.
+silence. Holds no model, and calls nothing of Ray.
 """
 
 import errno
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.errors import InvalidConfiguration
-from deploy.access.exposure import Listener, read_listeners
+from deploy.access.exposure import Listener, is_loopback, read_listeners
 
 POLL_S = 1.0
 """Between two looks whether a service answers."""
@@ -42,8 +42,10 @@ class HttpOptions(Protocol):
 
 
 def names_a_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether a Ray cluster is named, which may be on other machines, and is not begun or found on this one."""
-    return environment.get("RAY_ADDRESS", "auto") not in ("", "auto", "local")
+    """Whether RAY_ADDRESS names a cluster that may be on other machines; else it is found or started on this one."""
+    address = environment.get("RAY_ADDRESS", "auto")
+    host = address.rpartition("://")[2].rpartition(":")[0]
+    return address not in ("", "auto", "local") and not is_loopback(host)
 
 
 def check_port(host: str, port: int) -> None:

@@ -143,11 +143,12 @@ def test_a_port_on_other_machines_is_not_looked_at(tmp_path: Path) -> None:
     with listening() as port:
         options = {"host": "127.0.0.1", "port": port}
         file = write(tmp_path, http_options=options)
-        assert prepare(file, {"RAY_ADDRESS": "10.0.0.7:6379"}) is None
+        for address in ("10.0.0.7:6379", "ray://head:10001"):
+            assert prepare(file, {"RAY_ADDRESS": address}) is None
         assert prepare(write(tmp_path, http_options=options, proxy_location="Disabled"), {}) is None
-        for environment in ({}, {"RAY_ADDRESS": "local"}):
+        for address in ("", "auto", "local", "127.0.0.1:6379", "ray://localhost:10001"):
             with pytest.raises(InvalidConfiguration, match="is taken by"):
-                prepare(write(tmp_path, http_options=options), environment)
+                prepare(write(tmp_path, http_options=options), {"RAY_ADDRESS": address})
     assert prepare(file, {}) == f"http://127.0.0.1:{port}"
 
 
