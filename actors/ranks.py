@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import ray
+import torch
 from ray.types import ObjectRef
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -48,7 +49,7 @@ def load_engine(settings: BaseModelSettings, rows: RowKind, *, num_sharing: int 
     """
     engine = Engine.load(
         settings.model,
-        dtype=settings.torch_dtype,
+        dtype=getattr(torch, settings.dtype),
         max_sequences=settings.max_sequences,
         max_context=settings.max_context,
         cache_tokens=settings.cache_tokens,

@@ -3,10 +3,10 @@
 Unknown keys, wrong types and impossible values are errors that name the key. Nothing here loads a model.
 """
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -26,7 +26,8 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 """Relative model paths start here."""
 
 NO_GUIDANCE = "base"
-"""The profile that every service has: the base model alone."""
+"""The profile that every service has: the base model alone. Also what the base is called beside guides, so that no
+guide can have the name."""
 
 MAX_WEIGHT = 1000.0
 """Largest weight of a guide, either way: far beyond any use, and far from float32's overflow."""
@@ -160,11 +161,6 @@ class BaseModelSettings(Settings):
         return self
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch has it."""
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
-
-    @property
     def takes_turns(self) -> bool:
         """Whether it computes on cores that other models use too."""
         return self.threads is None and self.device == "cpu"
@@ -289,7 +285,9 @@ class GuidanceSettings(Settings):
     """Named weights by guide, or `{weights: ..., sampling: ...}`; a request picks one as its `model`."""
 
     @model_validator(mode="after")
-    def _check_profiles(self) -> "GuidanceSettings":
+    def _check_names(self) -> "GuidanceSettings":
+        if NO_GUIDANCE in self.guides:
+            raise ValueError(f"guides: {NO_GUIDANCE!r} always means the base model; give the guide another name")
         if NO_GUIDANCE in self.profiles:
             raise ValueError(f"profiles: {NO_GUIDANCE!r} always means no guidance; give the profile another name")
         for profile, settings in self.profiles.items():
@@ -310,10 +308,19 @@ def locate_model(model: str) -> str:
     path = CHECKOUT / Path(model).expanduser()
     if path.exists() or model.startswith(("/", "./", "../", "~", "models/")):
         if not (path / "config.json").is_file():
-            remedy = "run `make models`" if path.parent == CHECKOUT / "models" else "check the path"
-            raise ValueError(f"no model at {path} (no config.json there); {remedy}")
+            raise ValueError(f"no model at {path} (no config.json there); {_remedy(path)}")
         return str(path.resolve())
     return model
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a directory that holds no model."""
+    if (path / "adapter_config.json").is_file():
+        return "it is an adapter: merge it into its base model with peft's merge_and_unload, and save the whole model"
+    models = [config.parent.name for config in path.parent.glob("*/config.json")]
+    if near := difflib.get_close_matches(path.name, models, n=1):
+        return f"did you mean {path.with_name(near[0])}?"
+    return "run `make models`, or check the path" if path.parent == CHECKOUT / "models" else "check the path"
 
 
 def parse_guidance(user_config: dict[str, Any]) -> GuidanceSettings:

@@ -12,9 +12,15 @@ def load_tokenizer(model: str) -> Any:
     """Return a model's fast tokenizer.
 
     Raises:
-        InvalidConfiguration: it has none.
+        InvalidConfiguration: it has none, or it cannot be read.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InvalidConfiguration(
+            f"{model} has no tokenizer that can be read; copy tokenizer.json and tokenizer_config.json there from the "
+            f"model that it was made of: {str(error).partition(chr(10))[0].strip()}"
+        ) from error
     if not tokenizer.is_fast:
         raise InvalidConfiguration(
             f"{model} has no fast tokenizer (tokenizer.json); convert it with transformers first"

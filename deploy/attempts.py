@@ -8,8 +8,8 @@ from typing import Any
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
+from actors.api import Piece, Resume
 from actors.coordinator.request import choose_seed
-from actors.coordinator.sequence import Piece, Resume
 from actors.settings import Limits
 from cluster.errors import AnswerLost, Overloaded
 

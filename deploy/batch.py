@@ -21,8 +21,8 @@ from ray import serve
 from ray.exceptions import RayError
 from tqdm import tqdm
 
+from actors.api import Piece
 from actors.coordinator.request import invalid_request
-from actors.coordinator.sequence import Piece
 from cluster.errors import DeadlineExceeded, InvalidConfiguration, Overloaded, ReplicaLost, TrimtabError
 from deploy.batch_lines import BatchLine, Defaults, Line, Pending, read_lines
 from deploy.batch_results import ResultFile

@@ -1,18 +1,19 @@
 """Check a deploy.yaml before anything starts: `python -m deploy.check deploy.yaml`.
 
 Serve starts each application by itself, so that a mistake in one would be found while others load their models. This
-finds the first mistake in any of them, by its path, in seconds and without loading a model.
+finds the first mistake in any of them, by its path, in seconds and without loading a model. What this machine lacks is
+a warning, since other nodes may have it.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 from transformers import AutoConfig
@@ -20,13 +21,24 @@ from transformers import AutoConfig
 from actors.engine.output import check_family
 from actors.engine.sharding import check_shardable
 from actors.guidance import check_vocabulary
-from actors.settings import BaseModelSettings, CoordinatorSettings, GuidanceSettings, GuideSettings
+from actors.settings import (
+    CHECKOUT,
+    NO_GUIDANCE,
+    BaseModelSettings,
+    CoordinatorSettings,
+    GuidanceSettings,
+    GuideSettings,
+)
 from actors.vocabularies import load_tokenizer, read_vocabulary
 from cluster.errors import InvalidConfiguration
 from deploy.access.exposure import is_loopback
 from deploy.access.keys import KeyRing
-
-Settings = TypeVar("Settings", bound=BaseModel)
+from deploy.capacity import Machine, shortages
+from deploy.model_files import check_weights
+from deploy.planning.models import read_shape
+from deploy.port import names_a_cluster
+from deploy.validation import nearest, unknown_keys
+from deploy.validation import validate as validate
 
 BASE = "trimtab-base"
 GUIDE = "trimtab-guide-"
@@ -49,8 +61,11 @@ OVERRIDES: Mapping[str, str] = {
 """Options of Serve's that the deployments of models do not take, and what to set instead."""
 
 
-def check(config: object) -> None:
-    """Check the whole of a parsed deploy.yaml.
+MAX_PORT = 65535
+
+
+def check(config: object) -> tuple[ServeDeploySchema, Mapping[str, BaseModel]]:
+    """Check the whole of a parsed deploy.yaml; return it as `parse` does.
 
     Raises:
         InvalidConfiguration: the first thing that cannot work, with its path in the file and the remedy.
@@ -58,6 +73,7 @@ def check(config: object) -> None:
     schema, settings = parse(config)
     _check_security(schema, settings[TRIMTAB])
     _check_models(settings)
+    return schema, settings
 
 
 def parse(config: object) -> tuple[ServeDeploySchema, Mapping[str, BaseModel]]:
@@ -66,23 +82,35 @@ def parse(config: object) -> tuple[ServeDeploySchema, Mapping[str, BaseModel]]:
     Raises:
         InvalidConfiguration: the first thing that cannot work, whatever the models and keys are.
     """
-    for path in _unknown_keys("", ServeDeploySchema, config):
-        raise InvalidConfiguration(f"{path}: there is no such key")
+    for complaint in unknown_keys("", ServeDeploySchema, config):
+        raise InvalidConfiguration(complaint)
     schema = validate("", ServeDeploySchema, config)
+    if not 1 <= schema.http_options.port <= MAX_PORT:
+        raise InvalidConfiguration(f"http_options.port: {schema.http_options.port} is no port; give 1 to {MAX_PORT}")
     settings: dict[str, BaseModel] = {}
-    for number, application in enumerate(schema.applications):
-        path = f"applications[{number}]"
+    for application in schema.applications:
+        path = application.name
         if application.import_path not in APPLICATIONS:
             known = ", ".join(APPLICATIONS)
             raise InvalidConfiguration(
                 f"{path}.import_path: {application.import_path!r} is none of Trimtab's applications; they are: {known}"
             )
         model, names = APPLICATIONS[application.import_path]
+        if model is not CoordinatorSettings and application.route_prefix is not None:
+            raise InvalidConfiguration(
+                f"{path}.route_prefix: {application.route_prefix!r}, but only {TRIMTAB!r} speaks HTTP; set it to null"
+            )
+        if application.name == GUIDE + NO_GUIDANCE:
+            raise InvalidConfiguration(
+                f"{path}.name: {NO_GUIDANCE!r} always means the base model; give the guide another name"
+            )
         settings[application.name] = validate(f"{path}.args", model, application.args)
-        for index, deployment in enumerate(application.deployments):
-            where = f"{path}.deployments[{index}]"
+        for deployment in application.deployments:
+            where = f"{path}.deployments[{deployment.name}]"
             if deployment.name not in names:
-                raise InvalidConfiguration(f"{where}.name: {deployment.name!r} is none of {sorted(names)}")
+                raise InvalidConfiguration(
+                    f"{where}.name: {deployment.name!r} is none of {sorted(names)}{nearest(deployment.name, names)}"
+                )
             scaling = deployment.autoscaling_config
             if isinstance(scaling, dict):
                 validate(f"{where}.autoscaling_config", AutoscalingConfig, scaling)
@@ -101,55 +129,11 @@ def _check_overrides(path: str, deployment: DeploymentSchema) -> None:
             raise InvalidConfiguration(f"{path}.{key}: set {OVERRIDES[key]}, of which Trimtab makes it")
 
 
-def _unknown_keys(path: str, model: type[BaseModel], value: object) -> Iterator[str]:
-    """Yield the paths of keys that Serve's own schema does not have; Serve itself ignores them."""
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        where = f"{path}.{key}" if path else str(key)
-        if key not in model.model_fields:
-            yield where
-            continue
-        annotation = model.model_fields[key].annotation
-        for part in (annotation, *get_args(annotation)):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                if isinstance(inner, list):
-                    for number, item in enumerate(inner):
-                        yield from _unknown_keys(f"{where}[{number}]", part, item)
-                else:
-                    yield from _unknown_keys(where, part, inner)
-
-
-def validate(path: str, model: type[Settings], value: object) -> Settings:
-    """Return a group of settings out of parsed YAML.
-
-    Raises:
-        InvalidConfiguration: each complaint with its path, which begins with `path`.
-    """
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        raise InvalidConfiguration("\n".join(_complaints(path, error))) from error
-
-
-def _complaints(path: str, error: ValidationError) -> Iterator[str]:
-    for complaint in error.errors():
-        where = path
-        for part in complaint["loc"]:
-            where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
-        if complaint["type"] == "extra_forbidden":
-            yield f"{where}: there is no such key"
-        elif complaint["type"] == "missing":
-            yield f"{where}: this key is missing"
-        elif complaint["type"] == "value_error":
-            yield f"{where}: {complaint['ctx']['error']}"
-        else:
-            yield f"{where}: {complaint['msg']}, not {complaint['input']!r}"
-
-
 def _check_guides(schema: ServeDeploySchema, settings: Mapping[str, BaseModel]) -> None:
     """Check that the applications fit together."""
     for name in (BASE, TRIMTAB):
         if name not in settings:
-            raise InvalidConfiguration(f"applications: there is none called {name!r}")
+            raise InvalidConfiguration(f"applications: there is none called {name!r}{nearest(name, settings)}")
     configured: dict[str, Any] = {}
     for application in schema.applications:
         if application.name == TRIMTAB:
@@ -164,7 +148,7 @@ def _check_guides(schema: ServeDeploySchema, settings: Mapping[str, BaseModel]) 
             if GUIDE + guide not in settings:
                 raise InvalidConfiguration(
                     f"applications: the user_config of {name!r} names the guide {guide!r}, "
-                    f"but there is no application {GUIDE + guide!r}"
+                    f"but there is no application {GUIDE + guide!r}{nearest(GUIDE + guide, settings)}"
                 )
     if configured["Gateway"] != configured["Coordinator"]:
         raise InvalidConfiguration("applications: Gateway and Coordinator need the same user_config")
@@ -186,29 +170,53 @@ def _check_models(settings: Mapping[str, BaseModel]) -> None:
     """Check that models can be read, have enough context, and that the guides' vocabularies fit the base's."""
     base = settings[BASE]
     assert isinstance(base, BaseModelSettings)
-    for name, model in settings.items():
-        if isinstance(model, BaseModelSettings):
-            try:
-                model_config = AutoConfig.from_pretrained(model.model, trust_remote_code=False)
-            except (OSError, ValueError) as error:
-                raise InvalidConfiguration(f"{name}: the model {model.model!r} cannot be read: {error}") from error
-            longest = getattr(model_config, "max_position_embeddings", None)
-            if longest is not None and model.max_context > longest:
-                raise InvalidConfiguration(
-                    f"{name}: max_context is {model.max_context}, but {model.model} can take {longest} tokens"
-                )
-            if model.tensor_parallel > 1:
-                check_shardable(model_config, f"{model.model} ({name})", model.tensor_parallel)
-        if isinstance(model, GuideSettings):
-            if model.base != base.model:
-                raise InvalidConfiguration(f"{name}: base is {model.base}, but {BASE} serves {base.model}")
-            if model.rows == "hidden_states":
-                check_family(model_config, f"{model.model} ({name})")
+    vocabulary = read_vocabulary(base.model, _check_model(BASE, base))
+    for name, guide in settings.items():
+        if isinstance(guide, GuideSettings):
+            if guide.base != base.model:
+                raise InvalidConfiguration(f"{name}: base is {guide.base}, but {BASE} serves {base.model}")
             check_vocabulary(
-                read_vocabulary(model.base, load_tokenizer(model.base)),
-                read_vocabulary(model.model, load_tokenizer(model.model)),
+                vocabulary,
+                read_vocabulary(guide.model, _check_model(name, guide)),
                 guide_name=name.removeprefix(GUIDE),
             )
+
+
+def _check_model(name: str, args: BaseModelSettings) -> Any:
+    """Check one application's model; return its tokenizer."""
+    try:
+        check_weights(args.model)
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+        tokenizer = load_tokenizer(args.model)
+    except InvalidConfiguration as error:
+        raise InvalidConfiguration(f"{name}: {error}") from error
+    except Exception as error:
+        # Whatever transformers makes of a configuration that it does not expect.
+        said = error if isinstance(error, OSError | ValueError) else repr(error)
+        models = [f"models/{config.parent.name}" for config in (CHECKOUT / "models").glob("*/config.json")]
+        raise InvalidConfiguration(
+            f"{name}: the model {args.model!r} cannot be read: {said}{nearest(args.model, models)}"
+        ) from error
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and args.max_context > longest:
+        raise InvalidConfiguration(
+            f"{name}: max_context is {args.max_context}, but {args.model} can take {longest} tokens"
+        )
+    if args.cache_tokens is not None and args.cache_tokens < args.max_context:
+        raise InvalidConfiguration(
+            f"{name}: cache_tokens is {args.cache_tokens}, less than max_context, {args.max_context}; one sequence "
+            "must fit"
+        )
+    if args.tensor_parallel > 1:
+        check_shardable(config, f"{args.model} ({name})", args.tensor_parallel)
+    if isinstance(args, GuideSettings) and args.rows == "hidden_states":
+        check_family(config, f"{args.model} ({name})")
+    try:
+        # What the engine would refuse at start.
+        read_shape(args.model, max_context=args.max_context)
+    except InvalidConfiguration as error:
+        raise InvalidConfiguration(f"{name}: {error}") from error
+    return tokenizer
 
 
 def main() -> None:
@@ -217,10 +225,13 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     file = parser.parse_args().file
     try:
-        check(yaml.safe_load(file.read_text()))
+        schema, settings = check(yaml.safe_load(file.read_text()))
+        warnings = [] if names_a_cluster(os.environ) else list(shortages(schema, settings, Machine.here()))
     except (OSError, yaml.YAMLError, InvalidConfiguration) as error:
         sys.exit(f"{file}: {error}")
-    print(f"{file}: fine")
+    for warning in warnings:
+        print(f"{file}: warning: {warning}", file=sys.stderr)
+    print(f"{file}: fine" if not warnings else f"{file}: fine, but for what this machine lacks")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from actors.coordinator.sequence import Piece
+from actors.api import Piece
 from cluster.errors import ReplicaLost
 from deploy.attempts import REPEATABLE, Attempts, own_errors
 

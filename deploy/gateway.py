@@ -14,8 +14,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from actors.api import Piece
 from actors.coordinator.request import parse_request
-from actors.coordinator.sequence import Piece
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, Profile, parse_guidance
 from cluster.delivery import Feed, Inbox
 from cluster.errors import ReplicaLost, TrimtabError

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
+from actors.api import FinishReason, Piece, Usage
 from actors.coordinator.admission import Caller
 from actors.coordinator.request import ChatMessage, StopStrings, Text
-from actors.coordinator.sequence import FinishReason, Piece, Usage
 from actors.settings import ProfileWeight
 
 ErrorType = Literal["invalid_request_error", "overloaded_error", "server_error"]

@@ -12,8 +12,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
+from actors.api import Piece
 from actors.coordinator.request import invalid_request
-from actors.coordinator.sequence import Piece
 from cluster.errors import DeadlineExceeded, InvalidRequest, Overloaded, ReplicaLost, TrimtabError, UnknownModel
 from deploy.openai_schema import Answer, ErrorAnswer, ErrorDetail, ErrorType
 

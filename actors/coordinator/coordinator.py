@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from actors.api import Piece, Resume
 from actors.coordinator.admission import UNNAMED, Admission, Caller
 from actors.coordinator.figures import Figures
 from actors.coordinator.lane import Lane
@@ -16,7 +17,7 @@ from actors.coordinator.presence import Presence
 from actors.coordinator.refusals import log_refusals_briefly
 from actors.coordinator.replicas import Place, Replicas
 from actors.coordinator.request import Generation, parse_request
-from actors.coordinator.sequence import LiveSequence, Piece, Resume, Voice
+from actors.coordinator.sequence import LiveSequence, Voice
 from actors.coordinator.tenancy import Tenancy
 from actors.coordinator.text import TextWriter
 from actors.guidance.drawing import warm_up

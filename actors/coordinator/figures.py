@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from actors.coordinator.sequence import Piece
+from actors.api import Piece
 from actors.telemetry import Telemetry
 
 MAX_DURATIONS = 10_000

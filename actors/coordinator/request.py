@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from actors.guidance import Sampling
+from actors.api import Sampling
 from actors.prompts import Message, Prompt
 from actors.settings import AUTO, NO_GUIDANCE, GuidanceSettings, ProfileWeight
 from cluster.errors import InvalidRequest, UnknownModel

@@ -3,37 +3,19 @@
 import asyncio
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypedDict
+from typing import Protocol
 
 from torch import Tensor
 
+from actors.api import FinishReason as FinishReason
+from actors.api import Piece as Piece
+from actors.api import Resume, Sampling, Usage
 from actors.coordinator.text import TextWriter
-from actors.guidance import Sampling
 from actors.guidance.output import OutputFunction
 from cluster.errors import ReplicaLost, TrimtabError
 from cluster.exchange import Rows, Work
 
-FinishReason = Literal["stop", "length"]
-
 SEND_AGAIN = "send the request again"
-
-
-class Usage(TypedDict):
-    """Token counts, as OpenAI's API names them; the prompt's are the base's."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Piece(TypedDict):
-    """What a sequence wrote since the piece before it. The last one has a finish reason."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason | None
-    usage: Usage
-    seed: int
 
 
 class Replica(Protocol):
@@ -42,15 +24,6 @@ class Replica(Protocol):
     async def step(self, work: Sequence[Work], *, timeout_s: float, inline: bool = False) -> Rows:
         """Run one step; `Rows` are in the order of `work`. `inline` leaves the shared memory to others."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """What the reader of an answer had received of it when its writer was lost."""
-
-    token_ids: Sequence[int]
-    num_chars: int
-    """Of its text."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -52,12 +52,13 @@ class Tenancy:
         """Describe what is needed; `begin` takes it.
 
         Args:
-            names: of the models, in the order in which their places are taken.
+            names: of the models, each of them once, in the order in which their places are taken.
             lease: takes a place on a model; raises `ReplicaLost` if that may work later.
             is_there: whether a replica of a model runs, free or not.
             waits_for_guides: or fails, when one is lost or not there.
             replays: counts the losses, by model, after which the sequence went on.
         """
+        assert len(set(names)) == len(names)
         self.places: dict[str, Place] = {}
         self._names = names
         self._lease = lease
@@ -102,14 +103,17 @@ class Tenancy:
 
     async def end(self) -> None:
         """Give all places back, whatever the sequence is doing."""
-        if self._recovery is not None:
-            self._recovery.cancel()
-            await asyncio.gather(self._recovery, return_exceptions=True)
-        if self._sequence is not None and self._lane is not None:
-            self._lane.remove(self._sequence)
-        for place in self.places.values():
-            place.end()
-        self.places.clear()
+        try:
+            if self._recovery is not None:
+                self._recovery.cancel()
+                await asyncio.gather(self._recovery, return_exceptions=True)
+        finally:
+            # Also for a caller that is cancelled once more meanwhile.
+            if self._sequence is not None and self._lane is not None:
+                self._lane.remove(self._sequence)
+            for place in self.places.values():
+                place.end()
+            self.places.clear()
 
     def overdue(self, timeout_s: float) -> ReplicaLost | None:
         """What to say when the time is over while a place is waited for; None if none is."""

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.api import Sampling
 from actors.guidance.filters import filter_floor
 from actors.guidance.kernels import NOTHING, Floats, add_guide, find_best, race
 from actors.guidance.merge import Guidance
-from actors.guidance.sampling import Sampling
 
 _MASK = 2**32 - 1
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actors.api import Sampling
 from actors.guidance.merge import Guidance, merge
 from actors.guidance.noise import WORDS, noise
-from actors.guidance.sampling import Sampling, keep_likely, scale
+from actors.guidance.sampling import keep_likely, scale
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,44 +1,15 @@
-"""How a request draws, and its filters as plainly as they can be written: temperature, top-k, top-p, min-p.
+"""A request's filters as plainly as they can be written: temperature, top-k, top-p, min-p.
 
 `kernels` computes the same without a sort of the whole row. Shapes: S rows that sample, V vocabulary.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How one request draws its tokens."""
-
-    temperature: float = 1.0
-    """Of the guided distribution; 0 is greedy."""
-
-    top_k: int = 0
-    """Keep the k most probable tokens, and all that tie with the last; 0 keeps all."""
-
-    top_p: float = 1.0
-    """Keep the fewest most probable tokens whose probabilities reach p, after top_k; 1 keeps all."""
-
-    min_p: float = 0.0
-    """Keep the tokens at least min_p times as probable as the best; 0 keeps all."""
-
-    seed: int = 0
-    """Any integer; its low 64 bits key the noise."""
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the draw is the plain argmax."""
-        return self.temperature == 0
-
-    @property
-    def signed_seed(self) -> int:
-        """The int64 with the seed's low 64 bits."""
-        return (self.seed + 2**63) % 2**64 - 2**63
+from actors.api import Sampling
 
 
 def scale(z_SV: Tensor, samplings: Sequence[Sampling]) -> Tensor:

@@ -23,6 +23,8 @@ class Listener:
     address: str
     port: int
     inode: int
+    user: int
+    """The number of the user to whom it belongs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,7 @@ def read_listeners(tables: tuple[Path, ...] = TABLES) -> Iterator[Listener]:
             fields = line.split()
             if fields[3] == LISTENING:
                 address, port = fields[1].split(":")
-                yield Listener(_decode(address), int(port, 16), int(fields[9]))
+                yield Listener(_decode(address), int(port, 16), inode=int(fields[9]), user=int(fields[7]))
 
 
 def _decode(address: str) -> str:

@@ -63,6 +63,11 @@ def shape_of(config: Any, *, max_context: int) -> Shape:
         raise InvalidConfiguration(
             f"a {config.model_type!r} model is no causal language model of transformers"
         ) from error
+    except Exception as error:
+        # Sizes that cannot be, or kinds of positions and activations that transformers does not have.
+        raise InvalidConfiguration(
+            f"no model can be made of the configuration of {config.name_or_path!r}: {error!r}; correct its config.json"
+        ) from error
     # The engine's own look at a model: what it would refuse at start is refused here.
     inspection = inspect_model(model, max_context)
     layers = list(inspection.layers.values())

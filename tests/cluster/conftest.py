@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,12 +66,14 @@ class ServeRun:
 
 
 @contextmanager
-def serve_run(config: dict[str, Any], folder: Path, **environment: str) -> Iterator[ServeRun]:
+def serve_run(
+    config: dict[str, Any], folder: Path, command: Sequence[str] = (str(BIN / "serve"), "run"), **environment: str
+) -> Iterator[ServeRun]:
     """`serve run` on a cluster of its own, whatever else runs here; Ctrl-C ends it and all of its processes."""
     (folder / "deploy.yaml").write_text(yaml.safe_dump(config))
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [str(BIN / "serve"), "run", str(folder / "deploy.yaml")],
+            [*command, str(folder / "deploy.yaml")],
             cwd=CHECKOUT,
             stdout=log,
             stderr=log,

@@ -1,5 +1,6 @@
-"""`serve run deploy.yaml`, as `make serve` starts it: it comes up, answers, and leaves nothing when it is stopped."""
+"""A deploy.yaml run as `make serve` runs it: it comes up, says so, answers, and leaves nothing when it is stopped."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,8 +28,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         except requests.RequestException:
             return False
 
-    with serve_run(config, tmp_path_factory.mktemp("serve"), RAY_SERVE_PROXY_USE_GRPC="1") as running:
+    command = (sys.executable, "-m", "deploy.start")
+    with serve_run(config, tmp_path_factory.mktemp("serve"), command, RAY_SERVE_PROXY_USE_GRPC="1") as running:
         running.wait_until(is_ready)
+        running.wait_until(lambda: f"ready at {address}\n" in running.output())
         assert running.process.poll() is None, running.output()[-5000:]
         yield address
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from actors.coordinator.sequence import Piece
+from actors.api import Piece
 from actors.guidance import Sampling
 from actors.guidance.reference import ReferenceText, Voice, generate
 from deploy.client import AsyncClient

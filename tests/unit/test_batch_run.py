@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.coordinator.sequence import Piece
+from actors.api import Piece
 from cluster.errors import DeadlineExceeded, InvalidRequest, Overloaded, ReplicaLost
 from deploy.batch import Progress, answer_all, main, parse_arguments
 from deploy.batch_lines import Line

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from actors.api import Piece
 from actors.coordinator.figures import Figures
-from actors.coordinator.sequence import Piece
 from actors.telemetry import METRICS, Telemetry
 from cluster.errors import InvalidRequest, ReplicaLost
 

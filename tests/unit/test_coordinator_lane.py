@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from actors.api import Piece
 from actors.coordinator.lane import Lane
 from actors.coordinator.plan import plan_step
-from actors.coordinator.sequence import LiveSequence, Piece, Seat, Voice
+from actors.coordinator.sequence import LiveSequence, Seat, Voice
 from actors.coordinator.text import TextWriter
 from actors.engine import Engine, RowKind
 from actors.engine import Work as EngineWork

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from actors.api import Piece, Resume
 from actors.coordinator import tenancy
 from actors.coordinator.coordinator import Coordinator
-from actors.coordinator.sequence import Piece, Resume
 from actors.guidance import Sampling
 from actors.guidance import reference as oracle
 from actors.model_server import ModelServer
-from cluster.errors import DeadlineExceeded, ReplicaLost
+from cluster.errors import DeadlineExceeded, InvalidConfiguration, InvalidRequest, ReplicaLost
 from tests import tiny
 from tests.local_serve import LocalServe, local_coordinator
 from tests.reference import Comparison
@@ -82,8 +82,10 @@ class Reader:
         await asyncio.wait_for(self._reading, TIMEOUT_S)
         return [token for piece in self.pieces for token in piece["token_ids"]]
 
-    async def leave(self) -> None:
-        self._reading.cancel()
+    async def leave(self, num_cancels: int = 1) -> None:
+        for _ in range(num_cancels):
+            self._reading.cancel()
+            await asyncio.sleep(0)
         await asyncio.gather(self._reading, return_exceptions=True)
 
 
@@ -259,6 +261,28 @@ async def test_readers_that_leave_while_a_model_is_gone_leave_nothing(
     kind = await serve.start("kind", KIND)
     await until(lambda: serve.load(only(serve, "base")) == serve.load(kind) == 0)
     check(await Reader(coordinator, seed=3, **GUIDED).tokens(), 3)
+
+
+async def test_a_reader_that_is_cancelled_again_while_it_leaves_keeps_no_place(
+    serve: LocalServe, coordinator: Coordinator
+) -> None:
+    for num_cancels in range(1, 6):
+        reader = Reader(coordinator, seed=1, **GUIDED)
+        await reader.begun()
+        await serve.kill(only(serve, "kind"))
+        # It waits for the guide while it holds the base.
+        await asyncio.sleep(0.2)
+        await reader.leave(num_cancels)
+        await serve.start("kind", KIND)
+        await until(lambda: serve.load(only(serve, "base")) == 0)
+
+
+async def test_a_guide_cannot_be_called_base(serve: LocalServe, coordinator: Coordinator) -> None:
+    with pytest.raises(InvalidConfiguration, match="guides: 'base' always means the base model; give the guide an"):
+        coordinator.reconfigure({"guides": ["kind", "base"]})
+    with pytest.raises(InvalidRequest, match="there is no guide 'base'; guides are: kind"):
+        await coordinator.generate(prompt="hello", weights={"base": 0.5})
+    assert serve.num_leases["base"] == 0
 
 
 @pytest.mark.parametrize("stop", [[], ["e"], ["xx", "a b"]])

@@ -1,6 +1,9 @@
 """A mistake in deploy.yaml is found before anything starts, and its path is named."""
 
 import copy
+import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +17,7 @@ import yaml
 from actors.settings import CHECKOUT
 from cluster.errors import InvalidConfiguration
 from deploy import keys
+from deploy.capacity import Machine, shortages
 from deploy.check import check
 from tests import tiny
 
@@ -73,9 +77,9 @@ def at(path: str) -> Callable[[Config, Any], None]:
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        ("trimtab-base.args.modle", "x", r"applications\[0\].args.modle: there is no such key"),
-        ("trimtab-base.args.model", KeyError, r"applications\[0\].args.model: this key is missing"),
-        ("trimtab-base.args.dtype", "float8", r"applications\[0\].args.dtype: .*'bfloat16'.*not 'float8'"),
+        ("trimtab-base.args.modle", "x", r"^trimtab-base.args.modle: there is no such key"),
+        ("trimtab-base.args.model", KeyError, r"^trimtab-base.args.model: this key is missing"),
+        ("trimtab-base.args.dtype", "float8", r"^trimtab-base.args.dtype: .*'bfloat16'.*not 'float8'"),
         ("trimtab-base.args.max_sequences", "many", r"args.max_sequences: .*valid integer, not 'many'"),
         ("trimtab-base.args.max_sequences", 0, r"args.max_sequences: .*greater than or equal to 1, not 0"),
         ("trimtab-base.args.resources.gpu", 1, r"args.resources.gpu: there is no such key"),
@@ -96,37 +100,58 @@ def at(path: str) -> Callable[[Config, Any], None]:
         (
             "trimtab-base.deployments",
             [{"name": "BaseModel", "ray_actor_options": {}}],
-            r"\[0\].ray_actor_options: set `args",
+            r"\[BaseModel\].ray_actor_options: set `args",
         ),
         ("trimtab-base.deployments", [{"name": "BaseModel", "max_ongoing_requests": 9}], r"set `args.max_sequences`"),
         (
             "trimtab-base.deployments",
             [{"name": "BaseModel", "autoscaling_config": {"max_replica": 2}}],
-            r"applications\[0\].deployments\[0\].autoscaling_config.max_replica: there is no such key",
+            r"^trimtab-base.deployments\[BaseModel\].autoscaling_config.max_replica: there is no such key",
         ),
         (
             "trimtab-base.deployments",
             [{"name": "BaseModel", "autoscaling_config": {"min_replicas": 3, "max_replicas": 2}}],
-            r"applications\[0\].deployments\[0\].*max_replicas",
+            r"^trimtab-base.deployments\[BaseModel\].*max_replicas",
         ),
         ("trimtab-base.args.model", "models/nothing", r"no model at /.*/models/nothing .*run `make models`"),
         ("trimtab-base.args.model", "/nowhere/at/all", r"args.model: no model at /nowhere/at/all .*check the path"),
+        ("trimtab-base.args.cache_tokens", 32, r"^trimtab-base: cache_tokens is 32, less than max_context, 64"),
+        ("trimtab-base.route_prefix", "/base", r"^trimtab-base.route_prefix: '/base', but only 'trimtab' speaks HTTP"),
+        ("trimtab-guide-positivity.name", "trimtab-guide-base", r"name: 'base' always means the base model; give the"),
+        ("trimtab-guide-positivity.args.resources.cpu", 1, r"args.resources.cpu: .*; did you mean 'cpus'\?"),
         ("trimtab-base.import_path", "deploy.applications:basis", r"import_path: 'deploy.applications:basis' is none"),
         ("trimtab-base.routeprefix", "/x", r"routeprefix: there is no such key"),
-        ("trimtab-guide-positivity.args.base", KeyError, r"applications\[1\].args.base: this key is missing"),
+        ("trimtab-guide-positivity.args.base", KeyError, r"^trimtab-guide-positivity.args.base: this key is missing"),
         ("trimtab-guide-positivity.args.rows", "hidden", r"args.rows: .*'hidden_states', not 'hidden'"),
         ("trimtab-base.args.rows", "hidden_states", r"args.rows: there is no such key"),
-        ("trimtab-guide-positivity.name", "trimtab-guide-other", r"no application 'trimtab-guide-positivity'"),
+        (
+            "trimtab-guide-positivity.name",
+            "trimtab-guide-positivty",
+            r"no application 'trimtab-guide-positivity'; did you mean 'trimtab-guide-positivty'\?",
+        ),
         ("trimtab-base.name", "base", r"there is none called 'trimtab-base'"),
         ("trimtab.args.exchange.transport", "carrier pigeon", r"args.exchange.transport: .*not 'carrier pigeon'"),
         ("trimtab.args.limits.deadline_s", -1, r"args.limits.deadline_s: .*greater than 0, not -1"),
-        ("trimtab.deployments.0.user_config.profile", {}, r"deployments\[0\].user_config.profile: there is no such"),
+        (
+            "trimtab.deployments.0.user_config.profile",
+            {},
+            r"^trimtab.deployments\[Gateway\].user_config.profile: there is no such",
+        ),
         ("trimtab.deployments.0.user_config.profiles", {"base": {}}, r"'base' always means no guidance"),
+        ("trimtab.deployments.0.user_config.guides", ["base"], r"user_config.*: guides: 'base' always means the base"),
         ("trimtab.deployments.0.user_config.profiles", {"x": {"kin": 1.0}}, r"profiles.x: there is no guide 'kin'"),
         ("trimtab.deployments.0.user_config.profiles", {"x": {"positivity": float("inf")}}, r"finite"),
         ("trimtab.deployments.0.user_config.profiles", {"x y": {}}, r"user_config.profiles"),
-        ("trimtab.deployments.0.num_replica", 2, r"deployments\[0\].num_replica: there is no such key"),
-        ("trimtab.deployments.0.name", "Gatewy", r"deployments\[0\].name: 'Gatewy' is none of"),
+        (
+            "trimtab.deployments.0.num_replica",
+            2,
+            r"^trimtab.deployments\[Gateway\].num_replica: there is no such key; did you mean 'num_replicas'\?",
+        ),
+        (
+            "trimtab.deployments.0.name",
+            "Gatewy",
+            r"^trimtab.deployments\[Gatewy\].name: 'Gatewy' is none of .*; did you mean 'Gateway'\?",
+        ),
         ("trimtab.deployments", [], r"the deployment 'Gateway' of 'trimtab' needs a user_config"),
     ],
 )
@@ -215,6 +240,129 @@ def test_a_top_level_key_that_is_misspelt_is_named(config: Config) -> None:
         check({**config, "http_option": {}})
 
 
+@pytest.mark.parametrize("port", [0, -1, 65536, 80000])
+def test_a_number_that_is_no_port_is_refused(config: Config, port: int) -> None:
+    with pytest.raises(InvalidConfiguration, match=rf"^http_options.port: {port} is no port; give 1 to 65535"):
+        check({**config, "http_options": {"host": "127.0.0.1", "port": port}})
+
+
+@pytest.fixture
+def copied(config: Config, tmp_path: Path) -> Path:
+    """The directory of a guide's model, for this test alone."""
+    args = applications(config)["trimtab-guide-positivity"]["args"]
+    args["model"] = str(shutil.copytree(args["model"], tmp_path / "kind"))
+    check(config)
+    return Path(args["model"])
+
+
+def refuse(config: Config, says: str) -> None:
+    with pytest.raises(InvalidConfiguration, match=says):
+        check(config)
+
+
+def test_a_directory_without_weights_is_refused(config: Config, copied: Path) -> None:
+    weights = copied / "model.safetensors"
+    parts = {"model.embed_tokens.weight": "part-1.safetensors", "lm_head.weight": "part-2.safetensors"}
+    weights.rename(copied / "part-1.safetensors")
+    refuse(config, r"^trimtab-guide-positivity: /.*/kind has no weights \(model.safetensors, or .*\); copy them there")
+    (copied / "pytorch_model.bin").touch()
+    refuse(config, r"/kind has no weights .*; save pytorch_model.bin as safetensors")
+    (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    refuse(config, r"/kind lacks 1 of its 2 files of weights, part-2.safetensors first")
+    (copied / "model.safetensors.index.json").write_text("[]")
+    refuse(config, r"/kind/model.safetensors.index.json cannot be read")
+
+
+@pytest.mark.parametrize("application", ["trimtab-base", "trimtab-guide-positivity"])
+def test_a_directory_without_tokenizer_is_refused(config: Config, copied: Path, application: str) -> None:
+    (copied / "tokenizer.json").unlink()
+    applications(config)[application]["args"]["model"] = str(copied)
+    refuse(config, rf"^{application}: /.*/kind has no tokenizer that can be read; copy tokenizer.json")
+
+
+def test_an_adapter_and_a_path_that_is_misspelt_are_refused_with_what_to_do(config: Config, copied: Path) -> None:
+    args = applications(config)["trimtab-guide-positivity"]["args"]
+    args["model"] = str(copied.with_name("knid"))
+    refuse(config, rf"args.model: no model at /.*/knid .*; did you mean {copied}\?")
+    (copied / "config.json").rename(copied / "adapter_config.json")
+    args["model"] = str(copied)
+    refuse(config, r"args.model: no model at .*/kind .*; it is an adapter: merge it into its base model")
+
+
+def test_a_path_that_looks_like_a_hub_id_is_recognised(
+    config: Config, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(models / "kind", tmp_path / "models" / "positivity")
+    monkeypatch.setattr("deploy.check.CHECKOUT", tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    applications(config)["trimtab-guide-positivity"]["args"]["model"] = "modles/positivity"
+    refuse(config, r"(?s)the model 'modles/positivity' cannot be read: .*; did you mean 'models/positivity'\?")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("hidden_size", "many", r"the model .*/kind' cannot be read: .*'hidden_size' expected int, got str"),
+        ("num_attention_heads", 0, r"ZeroDivisionError"),
+        ("rope_parameters", {"rope_type": "su", "rope_theta": 1e4}, r"KeyError\('su'\)"),
+        ("hidden_act", "none", r"KeyError"),
+        ("model_type", "bert", r"model /.*/kind \(Bert.*\): the engine cannot run it: its attention mask is neither"),
+    ],
+)
+def test_a_model_that_the_engine_cannot_run_is_refused(
+    config: Config, copied: Path, key: str, value: Any, says: str
+) -> None:
+    settings = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**settings, key: value}))
+    refuse(config, rf"(?s)^trimtab-guide-positivity: .*{says}")
+
+
+SMALL = Machine(cpus=2, gpus=0, memory_bytes=2**34)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, []),
+        (
+            {"resources": {"cpus": 64}},
+            [
+                r"trimtab-base.args.resources.cpus: 64, but this machine has 2; Ray never",
+                r"the models take 64.5 cpus together, and this machine has 2; without other nodes",
+            ],
+        ),
+        ({"resources": {"cpus": 1.8}}, [r"the models take 2.3 cpus together"]),
+        ({"resources": {"cpus": 1}, "tensor_parallel": 2}, [r"the models take 2.5 cpus together"]),
+        (
+            {"resources": {"gpus": 8}},
+            [r"args.resources.gpus: 8, but this machine has 0; Ray", r"take 8 gpus together, and this machine has 0"],
+        ),
+        ({"resources": {"cpus": 64, "custom": {"large_node": 1}}}, []),
+        ({"resources": {"cpus": 64, "labels": {"pool": "base"}}}, []),
+        (
+            {"cache_tokens": 160_000_000},
+            [r"trimtab-base.args.cache_tokens: 160,000,000 tokens take .* GiB, but .* has 16.0 GiB of memory; at most"],
+        ),
+    ],
+)
+def test_what_a_machine_lacks_is_a_warning(config: Config, changes: Config, says: list[str]) -> None:
+    config = copy.deepcopy(config)
+    applications(config)["trimtab-base"]["args"] |= changes
+    warnings = list(shortages(*check(config), SMALL))
+    assert len(warnings) == len(says)
+    for warning, pattern in zip(warnings, says, strict=True):
+        assert re.search(pattern, warning), warning
+
+
+def test_replicas_count_one_by_one(config: Config) -> None:
+    config = copy.deepcopy(config)
+    base, guide = applications(config)["trimtab-base"], applications(config)["trimtab-guide-positivity"]
+    base["deployments"] = [{"name": "BaseModel", "num_replicas": 3}]
+    guide["deployments"] = [{"name": "Guide", "autoscaling_config": {"min_replicas": 2, "max_replicas": 9}}]
+    (warning,) = shortages(*check(config), SMALL)
+    assert warning.startswith("the models take 2.25 cpus together")
+
+
 @pytest.mark.parametrize("http_options", [{"port": 8000}, {"host": "0.0.0.0"}, {"host": "::"}])
 def test_a_public_address_needs_keys(config: Config, http_options: Config, tmp_path: Path) -> None:
     config = copy.deepcopy(config)
@@ -239,5 +387,23 @@ def test_the_command_exits_with_the_mistake(config: Config, tmp_path: Path) -> N
         [sys.executable, "-m", "deploy.check", file], cwd=CHECKOUT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1
-    assert "applications[0].args.modle: there is no such key" in done.stderr
+    assert "trimtab-base.args.modle: there is no such key; did you mean 'model'?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_command_warns_of_what_this_machine_lacks(config: Config, tmp_path: Path) -> None:
+    file = tmp_path / "deploy.yaml"
+    at("trimtab-base.args.resources")(config, {"cpus": 100_000})
+    file.write_text(yaml.safe_dump(config))
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.check", file],
+        cwd=CHECKOUT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning: trimtab-base.args.resources.cpus: 100000, but this machine has " in done.stderr
+    assert done.stdout == f"{file}: fine, but for what this machine lacks\n"

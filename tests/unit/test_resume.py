@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from actors.coordinator.sequence import LiveSequence, Piece, Resume, Voice
+from actors.api import Piece, Resume
+from actors.coordinator.sequence import LiveSequence, Voice
 from actors.coordinator.text import TextWriter
 from actors.guidance import Sampling
 from cluster.errors import AnswerLost, Overloaded, ReplicaLost

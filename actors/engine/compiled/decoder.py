@@ -51,6 +51,8 @@ class CompiledPass:
             gives_hidden_states: whether rows are the last hidden states, and not logits.
         """
         assert kernels.BLOCK_SIZE == BLOCK_SIZE
+        # Compiled now, so that no step waits for it.
+        self._function = kernels.pass_address()
         decoder, attention = model.model, model.model.layers[0].self_attn
         self._held: list[Tensor] = []
         self._num_columns = model.config.hidden_size if gives_hidden_states else model.lm_head.out_features
@@ -132,7 +134,7 @@ class CompiledPass:
         job[kernels.RESULT] = result.data_ptr()
         self._counters[:] = 0
         self._make_room(max(len(tokens), len(rows)))
-        run_in_team(kernels.run_pass, job.ctypes.data, self._num_threads)
+        run_in_team(self._function, job.ctypes.data, self._num_threads)
         return result if self._num_columns == self._row_width else result[:, : self._num_columns].contiguous()
 
     def _can_write(self, room: Tensor | None, num_rows: int) -> TypeGuard[Tensor]:

@@ -1,17 +1,20 @@
 """A forward pass of a Llama-like decoder for few tokens at a time, in float32, compiled for the processor at hand.
 
-One function, `run_pass`, is entered by every thread of a team at once. It walks through the layers in phases; in each
-phase the threads take pieces of the work from a counter until none is left, and go on when all are done. All products,
-those of attention too, are made of one tile: up to 8 rows by 3 vectors of columns, held in registers.
+One function, that of `pass_address`, is entered by every thread of a team at once. It walks through the layers in
+phases; in each phase the threads take pieces of the work from a counter until none is left, and go on when all are
+done. All products, those of attention too, are made of one tile: up to 8 rows by 3 vectors of columns, held in
+registers.
 
 Addresses travel as integers, in tables of 64-bit numbers whose columns are named below. Everything that is compiled
-together lies in this file, because numba's cache on disk knows of changes in one file only.
+together lies in this file, because numba's cache on disk knows of changes in one file only. Nothing is compiled before
+an address is asked for.
 
 Shapes: N tokens, R asked rows, I hidden width, F width between the products of the feed-forward part, H query heads,
 K key-value heads, G = H / K, D head width, V columns of the output layer.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -782,19 +785,6 @@ def _run_product(address: int) -> None:
     )  # fmt: skip
 
 
-def _entry(function: Callable[[int], None]) -> int:
-    """Return the address of a function that a thread of a team can enter with its table's address."""
-    try:
-        entered = cfunc("void(int64)", cache=True, **OPTIONS)(function)
-    except RuntimeError:  # no place for a cache: compiled in every process
-        entered = cfunc("void(int64)", **OPTIONS)(function)
-    _entered.append(entered)
-    return int(entered.address)
-
-
-_entered: list[Any] = []  # code lives as long as these
-
-
 def _enter_pass(address: int) -> None:
     _run(address)
 
@@ -803,5 +793,20 @@ def _enter_product(address: int) -> None:
     _run_product(address)
 
 
-run_pass = _entry(_enter_pass)
-run_product = _entry(_enter_product)
+@cache
+def _entry(function: Callable[[int], None]) -> Any:
+    """A function compiled for the threads of a team to enter with their table's address; held, as its code is."""
+    try:
+        return cfunc("void(int64)", cache=True, **OPTIONS)(function)
+    except RuntimeError:  # no place for a cache: compiled in every process
+        return cfunc("void(int64)", **OPTIONS)(function)
+
+
+def pass_address() -> int:
+    """Return the address of the function that computes a pass, compiled at the first call or read from the cache."""
+    return int(_entry(_enter_pass).address)
+
+
+def product_address() -> int:
+    """Return the address of the function that computes one product, compiled likewise."""
+    return int(_entry(_enter_product).address)

@@ -49,5 +49,5 @@ class Product:
             job[kernels.PRODUCT_NUM_PANELS] = num_panels
             job[kernels.PRODUCT_BIAS] = self.bias.data_ptr()
             job[kernels.PRODUCT_RESULT] = result.data_ptr()
-            run_in_team(kernels.run_product, job.ctypes.data, torch.get_num_threads())
+            run_in_team(kernels.product_address(), job.ctypes.data, torch.get_num_threads())
         return result[:, : self.num_columns].reshape(*inputs.shape[:-1], self.num_columns)
