@@ -28,6 +28,9 @@ class Point(BaseModel):
     distinct_2: float
     """Different pairs of adjacent words over all such pairs in an answer, the mean over answers."""
 
+    distinct_2_error: float
+    """Its standard error."""
+
     longest_repeat: int
     """Words in a row that say again what was just said, the most of all answers."""
 

@@ -94,8 +94,9 @@ class ModelServer:
         self.description: BaseDescription | None = None
         """Of a base, for coordinators."""
         self.output: ObjectRef[OutputFunction] | None = None
-        self.recommended_weight: float | None = None
         """What turns the engine's rows into logits, for coordinators."""
+        self.recommended_weight: float | None = None
+        """Of a guide, by its calibration."""
         self.base_vocabulary = ""
         """Digest of the base's tokens: its own, or those that a guide was checked against."""
         self._encoder = encoder

@@ -3,6 +3,7 @@
 Knows models and prompts in tokens; not where they lie, nor what is made of the result.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ def summarise(observed: Sequence[Observed], reward: Callable[[Observed], float] 
                 divergence=sum(a.divergence for a in answers) / sum(a.num_tokens for a in answers),
                 ended=statistics.fmean(answer.has_ended for answer in answers),
                 distinct_2=statistics.fmean(varied) if varied else 1.0,
+                distinct_2_error=statistics.stdev(varied) / len(varied) ** 0.5 if len(varied) > 1 else 0.0,
                 longest_repeat=max(longest_repeat(answer.text) for answer in answers),
                 num_tokens=statistics.fmean(answer.num_tokens for answer in answers),
                 reward=None if reward is None else statistics.fmean(map(reward, answers)),
@@ -125,8 +127,14 @@ def _gain(point: Point, base: Point) -> float:
 
 
 def _is_sound(point: Point, base: Point) -> bool:
-    """Whether fewer answers end than of the base's by more than `ENDED_WITHIN` and what so few answers can tell."""
-    noise = (
-        base.ended * (1 - base.ended) / base.num_answers + point.ended * (1 - point.ended) / point.num_answers
-    ) ** 0.5
-    return point.ended >= base.ended - ENDED_WITHIN - noise and point.distinct_2 >= DISTINCT_SHARE * base.distinct_2
+    """Whether its answers end and vary as the base's do, as far as so few answers can tell.
+
+    No fewer end than of the base's less `ENDED_WITHIN`, and they vary at least `DISTINCT_SHARE` as much; of either the
+    standard error of the difference is given away.
+    """
+    ended_error = sum(each.ended * (1 - each.ended) / each.num_answers for each in (point, base)) ** 0.5
+    varied_error = math.hypot(point.distinct_2_error, base.distinct_2_error)
+    return (
+        point.ended >= base.ended - ENDED_WITHIN - ended_error
+        and point.distinct_2 >= DISTINCT_SHARE * base.distinct_2 - varied_error
+    )

@@ -42,7 +42,7 @@ def log_prob(models: list[Any], prompt: list[int], response: list[int]) -> float
     """Of the response under the product of the models, from their logits for this sequence alone."""
     with torch.inference_mode():
         logits = sum(model(torch.tensor([prompt + response])).logits[0].double() for model in models)
-    law = logits.log_softmax(-1)  # type: ignore[union-attr]
+    law = logits.log_softmax(-1)
     return float(sum(law[len(prompt) - 1 + i, token] for i, token in enumerate(response)))
 
 
@@ -127,7 +127,7 @@ def test_the_shared_way_has_the_gradients_of_the_plain_one(monkeypatch: pytest.M
         law = BaseLaw(llama(), guide)
         model = adapted(guide, scale=0.2)
         loss, _ = GuidedObjective(beta=BETA, kl=KL, base=law).loss(model, batch())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     shared, plain = gradients
     assert any("map" in name for name in shared)

@@ -12,8 +12,9 @@ from tests.tiny import llama, tokenizer
 
 
 def point(weight: float, *, reward: float | None = None, **changes: Any) -> Point:
-    sound = {"divergence": 0.1 * weight, "ended": 0.8, "distinct_2": 0.9, "longest_repeat": 2, "num_tokens": 50.0}
-    return Point.model_validate({"weight": weight, "num_answers": 100, "reward": reward, **sound, **changes})
+    sound = {"ended": 0.8, "distinct_2": 0.9, "distinct_2_error": 0.01, "longest_repeat": 2, "num_tokens": 50.0}
+    known = {"weight": weight, "num_answers": 100, "reward": reward, "divergence": 0.1 * weight}
+    return Point.model_validate({**known, **sound, **changes})
 
 
 def test_without_a_reward_the_largest_sound_weight_up_to_1_is_recommended() -> None:
@@ -37,6 +38,9 @@ def test_a_guide_that_ruins_answers_at_every_weight_gets_the_smallest_and_is_not
 def test_few_answers_are_not_held_to_what_they_cannot_tell() -> None:
     few = {"num_answers": 8}
     assert recommend([point(0, ended=0.75, **few), point(1, ended=0.5, **few)]) == (1, True)
+    wide = {"distinct_2_error": 0.05}
+    assert recommend([point(0, distinct_2=0.65, **wide), point(1, distinct_2=0.6, **wide)]) == (1, True)
+    assert recommend([point(0, distinct_2=0.65), point(1, distinct_2=0.55)]) == (1, False)
     assert recommend([point(0, ended=0.75, num_answers=1000), point(1, ended=0.5, num_answers=1000)]) == (1, False)
 
 
@@ -54,7 +58,9 @@ def test_answers_are_summed_up_by_weight() -> None:
     base, guided = summarise(observed, lambda answer: len(answer.text))
     assert (base.weight, base.num_answers, base.ended, base.distinct_2, base.reward) == (0, 1, 1, 1, 5)
     assert (guided.weight, guided.divergence, guided.ended, guided.num_tokens) == (1, 0.5, 0.5, 6)
-    assert (guided.longest_repeat, guided.distinct_2) == (3, pytest.approx((1 / 3 + 1) / 2))
+    assert guided.longest_repeat == 3
+    assert (base.distinct_2_error, guided.distinct_2_error) == (0, pytest.approx(1 / 3))
+    assert guided.distinct_2 == pytest.approx((1 / 3 + 1) / 2)
     assert summarise(observed, None)[0].reward is None
 
 
