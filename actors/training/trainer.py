@@ -30,6 +30,9 @@ from actors.training.objective import (
 )
 
 Example = EncodedPair | EncodedText
+FIGURES = ("accuracy", "divergence", "loss", "margin")
+"""What objectives on pairs measure; `divergence` under a base alone."""
+
 Figures = dict[str, Tensor]
 """Means over a batch, by name."""
 
@@ -211,10 +214,16 @@ class GuideTrainer(Trainer):
                 loss, figures = self._objective.loss(model, Batch(**inputs))
             for name, value in {"loss": loss, **figures}.items():
                 sums[name] += value.item() * len(batch)
-        names = sorted(sums)
-        totals = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.args.device)
+        # All workers add up the same names, also one that had no example.
+        totals = torch.tensor(
+            [[sums.get(name, 0.0), name in sums] for name in FIGURES], dtype=torch.float64, device=self.args.device
+        )
         totals = self.accelerator.reduce(totals, "sum")
-        return dict(zip(names, (totals / len(examples)).tolist(), strict=True))
+        return {
+            name: total / len(examples)
+            for name, (total, num_workers) in zip(FIGURES, totals.tolist(), strict=True)
+            if num_workers
+        }
 
 
 class LogFile(TrainerCallback):
