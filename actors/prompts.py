@@ -42,18 +42,33 @@ class PromptEncoder:
         Raises:
             InvalidRequest: the prompt is empty, or is a conversation and the model has no template for it.
         """
-        messages = prompt.messages
-        if messages is None and self._template is not None:
-            messages = [{"role": "user", "content": prompt.text or ""}]
-        if not (prompt.text or prompt.messages):
-            raise InvalidRequest(f"{prompt.field} is empty; give at least one character", prompt.field)
-        if messages is None:
-            tokens = self._tokenizer(prompt.text).input_ids
-        else:
-            tokens = self._tokenizer(self._render(messages, prompt.field), add_special_tokens=False).input_ids
+        tokens = self.tokens_of(self.text_of(prompt), is_rendered=self.is_rendered(prompt))
         if not tokens:
             raise InvalidRequest(f"{prompt.field} holds no token; give some text", prompt.field)
-        return list(tokens)
+        return tokens
+
+    def is_rendered(self, prompt: Prompt) -> bool:
+        """Whether a template writes the prompt's text, special tokens and all."""
+        return prompt.messages is not None or self._template is not None
+
+    def text_of(self, prompt: Prompt) -> str:
+        """Return the text that the prompt's tokens are made of.
+
+        Raises:
+            InvalidRequest: as `encode` does.
+        """
+        if not (prompt.text or prompt.messages):
+            raise InvalidRequest(f"{prompt.field} is empty; give at least one character", prompt.field)
+        if not self.is_rendered(prompt):
+            return prompt.text or ""
+        messages = prompt.messages
+        if messages is None:
+            messages = [{"role": "user", "content": prompt.text or ""}]
+        return self._render(messages, prompt.field)
+
+    def tokens_of(self, text: str, *, is_rendered: bool) -> list[int]:
+        """Return a text's tokens, those that the tokenizer puts before a text among them unless a template wrote it."""
+        return list(self._tokenizer(text, add_special_tokens=not is_rendered).input_ids)
 
     def _render(self, messages: Sequence[Message], field: str) -> str:
         if self._template is None and not self._tokenizer.chat_template:

@@ -23,12 +23,13 @@ def load_tokenizer(model: str) -> Any:
 
 
 def end_tokens(model: str, tokenizer: Any) -> frozenset[int]:
-    """Return the ids that end a text: those of the generation settings, and the tokenizer's own."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    """Return the ids that end a text: those of the generation settings, else the model's, and the tokenizer's own."""
     try:
         eos = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:
-        eos = config.eos_token_id
+        eos = None
+    if eos is None:
+        eos = AutoConfig.from_pretrained(model, trust_remote_code=False).eos_token_id
     ids = eos if isinstance(eos, list) else [eos]
     return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
 

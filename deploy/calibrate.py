@@ -35,7 +35,7 @@ from actors.training.calibration import (
 from actors.training.card import replace_section
 from actors.training.rewards import Reward, load_reward, score
 from actors.training.run import SETTINGS
-from actors.vocabularies import load_tokenizer
+from actors.vocabularies import end_tokens, load_tokenizer
 from cluster.errors import InvalidConfiguration, InvalidRequest, TrimtabError
 from deploy.prefer_answers import Asked, read_prompts
 from deploy.training import choose_dtype, exit_status
@@ -140,7 +140,7 @@ def _observe(settings: Settings, asked: Sequence[Asked]) -> list[Observed]:
         tokenizer,
         prompts,
         (0.0, *settings.weights),
-        end_tokens={tokenizer.eos_token_id},
+        end_tokens=end_tokens(settings.base, tokenizer),
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,

@@ -27,7 +27,7 @@ from actors.training.data import Pairs, Texts
 from actors.training.encoding import EncodedPair, Report, ResponseEncoder, TokenLimits, arrange
 from actors.training.run import CHECKPOINTS, LOG, RESULT, SETTINGS, RunSettings, describe, newest_checkpoint, train
 from actors.training.trainer import Example
-from actors.vocabularies import load_tokenizer
+from actors.vocabularies import end_tokens, load_tokenizer
 from cluster.errors import InvalidConfiguration, TrimtabError
 
 REPORT_PERIOD_S = 10.0
@@ -167,10 +167,12 @@ def response_encoder(options: argparse.Namespace) -> ResponseEncoder:
     """
     try:
         tokenizer = load_tokenizer(options.model)
+        # A guide's answers end where its base's do.
+        ends = end_tokens(getattr(options, "base", None) or options.model, tokenizer)
     except (OSError, ValueError) as error:
         raise InvalidConfiguration(f"--model: {options.model!r} cannot be loaded: {error}") from error
     limits = TokenLimits(max_prompt=options.max_prompt_tokens, max_response=options.max_response_tokens)
-    return ResponseEncoder(tokenizer, limits)
+    return ResponseEncoder(tokenizer, limits, ends)
 
 
 def describe_data(source: Pairs | Texts, report: Report) -> list[str]:

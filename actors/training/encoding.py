@@ -6,7 +6,7 @@ Knows tokenizers; not where texts come from, nor what is done with the tokens.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,9 @@ from actors.training.data import Messages, Pair, Response, Text
 from cluster.errors import InvalidConfiguration, InvalidRequest
 
 Tokens = list[int]
+
+NUM_CONTEXT_TOKENS = 8
+"""Prompt tokens that a response is decoded after: some decoders drop the space at the beginning of a text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,20 +76,27 @@ class Report:
 class ResponseEncoder:
     """Encodes prompts and responses for one model."""
 
-    def __init__(self, tokenizer: Any, limits: TokenLimits) -> None:
-        """Take a model's tokenizer, which must name its end token.
+    def __init__(self, tokenizer: Any, limits: TokenLimits, end_tokens: Collection[int] = ()) -> None:
+        """Take a model's tokenizer.
+
+        Args:
+            tokenizer: Of the model.
+            limits: What fits.
+            end_tokens: All that end a text, as `actors.vocabularies.end_tokens` has them. The tokenizer's own is one.
 
         Raises:
-            InvalidConfiguration: it does not.
+            InvalidConfiguration: there is no end token.
         """
-        if tokenizer.eos_token_id is None:
+        self._end_tokens = {*end_tokens} | ({tokenizer.eos_token_id} - {None})
+        if not self._end_tokens:
             raise InvalidConfiguration(
                 f"model: the tokenizer of {tokenizer.name_or_path!r} names no end token (eos_token); set it"
             )
         self._tokenizer = tokenizer
         self._prompts = PromptEncoder(tokenizer)
         self._limits = limits
-        self._end_token: int = tokenizer.eos_token_id
+        # What ends a response whose template ends it with nothing.
+        self._end_token: int = min(self._end_tokens) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.report = Report()
 
     def pairs(self, pairs: Iterable[Pair]) -> list[EncodedPair]:
@@ -96,7 +106,7 @@ class ResponseEncoder:
             prompt = self._prompt(pair.prompt, pair.row)
             if prompt is None:
                 continue
-            chosen, rejected = (self._response(pair.prompt, side) for side in (pair.chosen, pair.rejected))
+            chosen, rejected = (self._response(pair.prompt, prompt, side) for side in (pair.chosen, pair.rejected))
             if chosen == rejected:
                 self.report.changed["left out: both responses are the same tokens"] += 1
                 continue
@@ -110,7 +120,7 @@ class ResponseEncoder:
         for text in texts:
             prompt = self._prompt(text.prompt, text.row)
             if prompt is not None:
-                encoded.append(EncodedText(prompt, self._response(text.prompt, text.response)))
+                encoded.append(EncodedText(prompt, self._response(text.prompt, prompt, text.response)))
                 self._count(encoded[-1].response)
         return encoded
 
@@ -129,31 +139,62 @@ class ResponseEncoder:
             return None
         return tokens
 
-    def _response(self, prompt: str | Messages, response: Response) -> Tokens:
-        if response.is_cut or isinstance(prompt, str):
-            tokens = self._encode(response.text)
-        else:
-            tokens = self._encode(self._turn(prompt, response.text))
-        if not response.is_cut and self._end_token not in tokens:
+    def _response(self, prompt: str | Messages, prompt_tokens: Tokens, response: Response) -> Tokens:
+        before = self._prompts.text_of(_as_prompt(prompt))
+        after = self._turn(prompt, before, response) if isinstance(prompt, list) else response.text
+        tokens = self._following(prompt_tokens, before, after, is_rendered=isinstance(prompt, list))
+        if not response.is_cut and self._end_tokens.isdisjoint(tokens):
             tokens.append(self._end_token)
-        if self._end_token in tokens:
-            # What a template puts after the end of a turn is never generated.
-            tokens = tokens[: tokens.index(self._end_token) + 1]
+        end = next((i for i, token in enumerate(tokens) if token in self._end_tokens), len(tokens))
+        # What a template puts after the end of a turn is never generated.
+        tokens = tokens[: end + 1]
         limit = self._limits.max_response
         if limit is not None and len(tokens) > limit:
             self.report.changed[f"cut: responses of more than {limit} tokens"] += 1
             tokens = tokens[:limit]
         return tokens
 
-    def _turn(self, messages: Messages, response: str) -> str:
-        """The response as the template writes it after the prompt; as it is where a template rewrites the prompt."""
+    def _turn(self, messages: Messages, before: str, response: Response) -> str:
+        """The response as the template writes it after the prompt; as it is where a template rewrites the prompt.
+
+        A model writes the space between a prompt and its answer itself: the template adds it where the answer lacks it.
+        """
+        text = response.text
         render: Callable[..., str] = self._tokenizer.apply_chat_template
-        before = render(messages, add_generation_prompt=True, tokenize=False)
-        whole = render([*messages, {"role": "assistant", "content": response}], tokenize=False)
-        return whole.removeprefix(before) if whole.startswith(before) else response
+        whole = render([*messages, {"role": "assistant", "content": text}], tokenize=False)
+        if not whole.startswith(before):
+            return text
+        turn = whole.removeprefix(before)
+        lead = turn[: max(0, turn.find(text))]
+        space = lead if lead.isspace() else ""
+        if text.startswith(space):
+            turn, space = turn.removeprefix(space), ""
+        return space + text if response.is_cut else turn
+
+    def _following(self, prompt: Tokens, before: str, after: str, *, is_rendered: bool) -> Tokens:
+        """The tokens of a text that follows a prompt: what the whole text has after the prompt's own tokens.
+
+        Where a token of the whole text spans the border, those that decode to the text after the prompt's. A text
+        encoded by itself is no answer to that: many tokenizers put a space before it.
+        """
+        whole = self._prompts.tokens_of(before + after, is_rendered=is_rendered)
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+        candidates = [tokens for anchor in ("", "\n", "a") if (tokens := self._after_anchor(anchor, after)) is not None]
+        context = prompt[-NUM_CONTEXT_TOKENS:]
+        wanted = self._decode(context) + after
+        return next((tokens for tokens in candidates if self._decode([*context, *tokens]) == wanted), candidates[-1])
+
+    def _after_anchor(self, anchor: str, text: str) -> Tokens | None:
+        """A text's tokens after another text's; none if a token spans the border."""
+        first, both = self._encode(anchor), self._encode(anchor + text)
+        return both[len(first) :] if both[: len(first)] == first else None
 
     def _encode(self, text: str) -> Tokens:
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _decode(self, tokens: Tokens) -> str:
+        return str(self._tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=False))
 
 
 def _as_prompt(prompt: str | Messages) -> Prompt:

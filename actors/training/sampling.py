@@ -16,6 +16,9 @@ from torch import Tensor
 NUCLEUS = 1024
 """Tokens among which a nucleus is looked for before the whole row is sorted."""
 
+NUM_CONTEXT_TOKENS = 8
+"""Prompt tokens that an answer is decoded after: some decoders drop the space at the beginning of a text."""
+
 
 @dataclass(slots=True)
 class Drawn:
@@ -160,6 +163,16 @@ def _divergence(guided_RV: Tensor, base_RV: Tensor) -> Tensor:
     guided_RV, base_RV = guided_RV.log_softmax(-1), base_RV.log_softmax(-1)
     # A token that a guide forbids has probability 0, and adds nothing.
     return (guided_RV.exp() * (guided_RV - base_RV).nan_to_num(neginf=0.0)).sum(-1)
+
+
+def decode_answer(tokenizer: Any, prompt: Sequence[int], answer: Sequence[int], end_tokens: Collection[int]) -> str:
+    """Return an answer's text as the service writes it: what follows the prompt's, up to the end token."""
+    context = list(prompt[-NUM_CONTEXT_TOKENS:])
+    tokens = answer[:-1] if answer and answer[-1] in end_tokens else answer
+    before, whole = (
+        tokenizer.backend_tokenizer.decode(part, skip_special_tokens=True) for part in (context, [*context, *tokens])
+    )
+    return str(whole[len(before) :])
 
 
 def answer_prompts(

@@ -117,6 +117,20 @@ def test_answers_are_those_of_the_models_own_distribution(prefer: Prefer, folder
             assert answer["text"] == tokenizer.decode(answer["token_ids"], skip_special_tokens=True)
 
 
+def test_every_end_token_of_the_model_ends_an_answer(prefer: Prefer, folder: Path) -> None:
+    model = tiny.llama()
+    ends = list(range(0, 97, 8))
+    model.generation_config.eos_token_id = ends
+    assert prefer(model=tiny.save(model, folder / "many_ends")) == 0
+    answers = [answer for record in read(folder / "pairs.answers.jsonl") for answer in record["answers"]]
+    assert {answer["finish_reason"] for answer in answers} == {"stop", "length"}
+    for answer in answers:
+        *before, last = answer["token_ids"]
+        assert not set(before) & set(ends)
+        assert (answer["finish_reason"] == "stop") == (last in ends)
+        assert len(answer["text"]) <= len(before) + (last not in ends)
+
+
 def test_pairs_hold_the_prompt_two_answers_and_their_rewards(
     prefer: Prefer, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

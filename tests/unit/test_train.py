@@ -17,7 +17,7 @@ from deploy import derive, train
 from deploy.derive import parse_layers
 from deploy.train import split_by_prompt
 from deploy.training import Job, choose_dtype, prepare_output, progress
-from tests.tiny import llama, save
+from tests.tiny import llama, save, tokenizer
 
 ROWS = [{"prompt": f"prompt {i}", "chosen": "yes", "rejected": "no"} for i in range(40)]
 
@@ -35,6 +35,22 @@ def data(tmp_path: Path) -> Callable[[list[Any]], str]:
         return str(path)
 
     return write
+
+
+@pytest.mark.parametrize("role", ["--model", "--base"])
+def test_responses_end_with_every_end_token_that_serving_knows(
+    tmp_path: Path, data: Callable[[list[Any]], str], role: str
+) -> None:
+    model = llama()
+    # The character `.`, as Gemma's end of turn is beside the tokenizer's own end token.
+    dot = tokenizer().convert_tokens_to_ids(".")
+    model.generation_config.eos_token_id = [0, dot]
+    path = save(model, tmp_path / "dotted")
+    rows = [{**row, "chosen": "yes. no"} for row in ROWS]
+    options = train.parse_arguments([role, path, "--data", data(rows), "--output", "nowhere"])
+    job, _ = train.prepare(options)
+    assert {example.chosen[-1] for example in job.examples} == {dot}  # type: ignore[union-attr]
+    assert {example.rejected[-1] for example in job.examples} == {0}  # type: ignore[union-attr]
 
 
 def options_of(model: str, data: str, *more: str) -> Any:

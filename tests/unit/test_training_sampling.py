@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from actors.guidance.merge import Guidance, merge
-from actors.training.sampling import answer_prompts, draw_answers
-from tests.tiny import llama
+from actors.training.sampling import answer_prompts, decode_answer, draw_answers
+from tests.tiny import SPACE_BEFORE_TEXT, llama, spacing_tokenizer
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 MANY = 4000
@@ -135,3 +135,15 @@ def test_what_is_left_is_answered_as_it_would_have_been() -> None:
     whole = _answer(PROMPTS, {0, 1, 2})
     for pending in ({0}, {1}, {2, 0}, set[int]()):
         assert _answer(PROMPTS, pending) == {i: whole[i] for i in pending}
+
+
+@pytest.mark.parametrize("kind", SPACE_BEFORE_TEXT)
+@pytest.mark.parametrize(
+    ("pieces", "text"), [(["_The"], " The"), (["T", "he", "<turn>"], "The"), ([], ""), (["A"], "")]
+)
+def test_an_answers_text_keeps_its_space_and_leaves_the_end_token_out(kind: str, pieces: list[str], text: str) -> None:
+    fast = spacing_tokenizer(kind)
+    space = "Ġ" if kind == "byte_level" else "▁"
+    answer = fast.convert_tokens_to_ids([piece.replace("_", space) for piece in pieces])
+    ends = {fast.convert_tokens_to_ids("A"), 0, 2}
+    assert decode_answer(fast, fast("hi").input_ids, answer, ends) == text
