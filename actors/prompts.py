@@ -64,13 +64,23 @@ class PromptEncoder:
         messages = prompt.messages
         if messages is None:
             messages = [{"role": "user", "content": prompt.text or ""}]
-        return self._render(messages, prompt.field)
+        return self.render(messages, prompt.field)
 
     def tokens_of(self, text: str, *, is_rendered: bool) -> list[int]:
         """Return a text's tokens, those that the tokenizer puts before a text among them unless a template wrote it."""
         return list(self._tokenizer(text, add_special_tokens=not is_rendered).input_ids)
 
-    def _render(self, messages: Sequence[Message], field: str) -> str:
+    def render(self, messages: Sequence[Message], field: str = "messages", *, is_answered: bool = False) -> str:
+        """Return the conversation as the template writes it.
+
+        Args:
+            messages: Of the conversation.
+            field: Of the request, for messages of errors.
+            is_answered: Whether the last message is the model's own; else its turn begins after the text.
+
+        Raises:
+            InvalidRequest: there is no template, or it fails on this conversation.
+        """
         if self._template is None and not self._tokenizer.chat_template:
             raise InvalidRequest(
                 f"{field}: the model {self._tokenizer.name_or_path!r} has no chat template; "
@@ -80,8 +90,15 @@ class PromptEncoder:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    list(messages), chat_template=self._template, add_generation_prompt=True, tokenize=False
+                    list(messages), chat_template=self._template, add_generation_prompt=not is_answered, tokenize=False
                 )
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"{field}: the chat template refuses this conversation: {error}", field) from error
+        except Exception as error:
+            # A template is a program: on a conversation that it was not made for it may raise whatever Python does.
+            raise InvalidRequest(
+                f"{field}: the chat template fails on this conversation: {type(error).__name__}: {error}; send other "
+                "roles, or mend the template",
+                field,
+            ) from error

@@ -172,7 +172,7 @@ def response_encoder(options: argparse.Namespace) -> ResponseEncoder:
     except (OSError, ValueError) as error:
         raise InvalidConfiguration(f"--model: {options.model!r} cannot be loaded: {error}") from error
     limits = TokenLimits(max_prompt=options.max_prompt_tokens, max_response=options.max_response_tokens)
-    return ResponseEncoder(tokenizer, limits, ends)
+    return ResponseEncoder(tokenizer, limits, ends, skip_bad_rows=options.skip_bad_rows)
 
 
 def describe_data(source: Pairs | Texts, report: Report) -> list[str]:

@@ -6,11 +6,11 @@ Knows tokenizers; not where texts come from, nor what is done with the tokens.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.prompts import Prompt, PromptEncoder
+from actors.prompts import Message, Prompt, PromptEncoder
 from actors.training.data import Messages, Pair, Response, Text
 from cluster.errors import InvalidConfiguration, InvalidRequest
 
@@ -67,22 +67,34 @@ class Report:
     changed: Counter[str] = field(default_factory=Counter)
     """How many were left out or cut, by reason."""
 
+    first_refusal: str = ""
+    """Why the first example that the model's prompts cannot be made of was left out."""
+
     def lines(self) -> list[str]:
         """The report, one fact a line."""
         reasons = [f"{count} {reason}" for reason, count in sorted(self.changed.items())]
-        return [f"{self.num_examples} examples, {self.num_response_tokens} response tokens", *reasons]
+        refusal = [f"the first of those refused: {self.first_refusal}"] if self.first_refusal else []
+        return [f"{self.num_examples} examples, {self.num_response_tokens} response tokens", *reasons, *refusal]
 
 
 class ResponseEncoder:
     """Encodes prompts and responses for one model."""
 
-    def __init__(self, tokenizer: Any, limits: TokenLimits, end_tokens: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        limits: TokenLimits,
+        end_tokens: Collection[int] = (),
+        *,
+        skip_bad_rows: bool = False,
+    ) -> None:
         """Take a model's tokenizer.
 
         Args:
             tokenizer: Of the model.
             limits: What fits.
             end_tokens: All that end a text, as `actors.vocabularies.end_tokens` has them. The tokenizer's own is one.
+            skip_bad_rows: Count rows whose conversation the chat template refuses, instead of refusing them all.
 
         Raises:
             InvalidConfiguration: there is no end token.
@@ -95,18 +107,23 @@ class ResponseEncoder:
         self._tokenizer = tokenizer
         self._prompts = PromptEncoder(tokenizer)
         self._limits = limits
+        self._skip_bad_rows = skip_bad_rows
         # What ends a response whose template ends it with nothing.
         self._end_token: int = min(self._end_tokens) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.report = Report()
 
     def pairs(self, pairs: Iterable[Pair]) -> list[EncodedPair]:
-        """Encode preferences; those that the limits leave nothing of are counted in `report`."""
+        """Encode preferences; those that are left out are counted in `report`.
+
+        Raises:
+            InvalidConfiguration: the chat template refuses a conversation, and bad rows are not to be skipped.
+        """
         encoded = []
         for pair in pairs:
-            prompt = self._prompt(pair.prompt, pair.row)
-            if prompt is None:
+            sides = self._encoded(pair.row, pair.prompt, pair.chosen, pair.rejected)
+            if sides is None:
                 continue
-            chosen, rejected = (self._response(pair.prompt, prompt, side) for side in (pair.chosen, pair.rejected))
+            prompt, (chosen, rejected) = sides
             if chosen == rejected:
                 self.report.changed["left out: both responses are the same tokens"] += 1
                 continue
@@ -115,29 +132,42 @@ class ResponseEncoder:
         return encoded
 
     def texts(self, texts: Iterable[Text]) -> list[EncodedText]:
-        """Encode single responses; those that the limits leave nothing of are counted in `report`."""
+        """Encode single responses; those that are left out are counted in `report`.
+
+        Raises:
+            InvalidConfiguration: the chat template refuses a conversation, and bad rows are not to be skipped.
+        """
         encoded = []
         for text in texts:
-            prompt = self._prompt(text.prompt, text.row)
-            if prompt is not None:
-                encoded.append(EncodedText(prompt, self._response(text.prompt, prompt, text.response)))
-                self._count(encoded[-1].response)
+            if (found := self._encoded(text.row, text.prompt, text.response)) is not None:
+                prompt, (response,) = found
+                encoded.append(EncodedText(prompt, response))
+                self._count(response)
         return encoded
 
     def _count(self, *responses: Tokens) -> None:
         self.report.num_examples += 1
         self.report.num_response_tokens += sum(len(response) for response in responses)
 
-    def _prompt(self, prompt: str | Messages, row: int) -> Tokens | None:
+    def _encoded(
+        self, row: int, prompt: str | Messages, *responses: Response
+    ) -> tuple[Tokens, tuple[Tokens, ...]] | None:
+        """A row's prompt and responses; none, and a count, if it is left out."""
+        limit = self._limits.max_prompt
         try:
             tokens = self._prompts.encode(_as_prompt(prompt))
+            if limit is None or len(tokens) <= limit:
+                return tokens, tuple(self._response(prompt, tokens, response) for response in responses)
         except InvalidRequest as error:
-            raise InvalidConfiguration(f"row {row}: {error}") from error
-        limit = self._limits.max_prompt
-        if limit is not None and len(tokens) > limit:
+            if not self._skip_bad_rows:
+                raise InvalidConfiguration(
+                    f"row {row}: {error}; or leave such rows out with --skip-bad-rows"
+                ) from error
+            self.report.changed["left out: conversations that the chat template refuses"] += 1
+            self.report.first_refusal = self.report.first_refusal or f"row {row}: {error}"
+        else:
             self.report.changed[f"left out: prompts of more than {limit} tokens"] += 1
-            return None
-        return tokens
+        return None
 
     def _response(self, prompt: str | Messages, prompt_tokens: Tokens, response: Response) -> Tokens:
         before = self._prompts.text_of(_as_prompt(prompt))
@@ -155,16 +185,16 @@ class ResponseEncoder:
         return tokens
 
     def _turn(self, messages: Messages, before: str, response: Response) -> str:
-        """The response as the template writes it after the prompt; as it is where a template rewrites the prompt.
+        """The response as the template writes it after the prompt; as it is where a template rewrites prompt or answer.
 
         A model writes the space between a prompt and its answer itself: the template adds it where the answer lacks it.
         """
         text = response.text
-        render: Callable[..., str] = self._tokenizer.apply_chat_template
-        whole = render([*messages, {"role": "assistant", "content": text}], tokenize=False)
-        if not whole.startswith(before):
-            return text
+        answered: list[Message] = [*messages, {"role": "assistant", "content": text}]  # type: ignore[list-item]
+        whole = self._prompts.render(answered, is_answered=True)
         turn = whole.removeprefix(before)
+        if not whole.startswith(before) or text.strip() not in turn:
+            return text
         lead = turn[: max(0, turn.find(text))]
         space = lead if lead.isspace() else ""
         if text.startswith(space):

@@ -90,6 +90,56 @@ def test_messages_without_a_template_are_refused_with_their_row() -> None:
         ResponseEncoder(plain, TokenLimits()).texts([text])
 
 
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}"
+)
+NEEDS_SYSTEM = (
+    "{% set s = none %}{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] %}{% endif %}"
+    "{{ 'sys ' + s }}{{ messages[-1]['content'] }}"
+)
+ONE_ANSWER = (
+    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ 1 // (2 - loop.index0) }}{% endif %}"
+    "{% endfor %}"
+)
+SYSTEM = {"role": "system", "content": "be brief"}
+REPLY = {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("template", "good", "bad", "told"),
+    [
+        (ALTERNATING, MESSAGES, [*MESSAGES, *MESSAGES], "roles must alternate"),
+        (ALTERNATING, MESSAGES, [SYSTEM, *MESSAGES], "roles must alternate"),
+        (NEEDS_SYSTEM, [SYSTEM, *MESSAGES], MESSAGES, "TypeError"),
+        # Only the answer is what the template fails on.
+        (ONE_ANSWER, MESSAGES, [SYSTEM, *MESSAGES], "ZeroDivisionError"),
+        (
+            "{{ messages[2]['content'] }}{{ messages[0]['content'] }}",
+            [*MESSAGES, REPLY, *MESSAGES],
+            MESSAGES,
+            "messages",
+        ),
+    ],
+)
+def test_a_conversation_that_the_template_refuses_names_its_row_or_is_counted(
+    template: str, good: list[dict[str, str]], bad: list[dict[str, str]], told: str
+) -> None:
+    fast = tokenizer()
+    fast.chat_template = template
+    rows = [
+        Pair(prompt=prompt, chosen=Response(text="cd"), rejected=Response(text="e"), row=row)
+        for row, prompt in enumerate([good, bad, good, bad], 1)
+    ]
+    with pytest.raises(InvalidConfiguration, match=rf"row 2: .*{told}.*--skip-bad-rows"):
+        ResponseEncoder(fast, TokenLimits()).pairs(rows)
+    skipping = ResponseEncoder(fast, TokenLimits(), skip_bad_rows=True)
+    assert len(skipping.pairs(rows)) == 2
+    assert skipping.report.changed == Counter({"left out: conversations that the chat template refuses": 2})
+    assert any("row 2: " in line and told in line for line in skipping.report.lines())
+    assert len(skipping.texts([Text(prompt=row.prompt, response=row.chosen, row=row.row) for row in rows])) == 2
+
+
 def test_a_tokenizer_without_an_end_token_is_refused() -> None:
     endless = tokenizer()
     endless.eos_token = None

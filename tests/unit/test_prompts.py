@@ -1,0 +1,36 @@
+"""A prompt in a model's own tokens, or a refusal that names the request's field."""
+
+import pytest
+
+from actors.prompts import Message, Prompt, PromptEncoder
+from cluster.errors import InvalidRequest
+from tests import tiny
+
+ASKED: list[Message] = [{"role": "user", "content": "hi"}]
+FAILING = {
+    "{% set s = none %}{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] %}{% endif %}"
+    "{{ 'sys ' + s }}{{ messages[-1]['content'] }}": "TypeError",
+    "{{ messages[5].content.strip() }}": "has no element 5",
+    "{{ messages[0]['content'] | int(base=99) // 0 }}": "Error",
+    "{% macro again(x) %}{{ again(x) }}{% endmacro %}{{ again(1) }}": "RecursionError",
+    "{{ raise_exception('no such roles') }}": "no such roles",
+    "{{ messages | map(attribute='content') | sum }}": "TypeError",
+    "{% for m in messages %}{{ m['content'] }}": "template",
+}
+
+
+@pytest.mark.parametrize(("template", "told"), FAILING.items())
+@pytest.mark.parametrize("is_set", [False, True])
+def test_whatever_a_template_raises_refuses_the_messages(template: str, told: str, is_set: bool) -> None:
+    fast = tiny.tokenizer()
+    if not is_set:
+        fast.chat_template = template
+    encoder = PromptEncoder(fast, template if is_set else None)
+    with pytest.raises(InvalidRequest, match=told) as caught:
+        encoder.encode(Prompt(messages=ASKED))
+    assert caught.value.field == "messages"
+    assert "Traceback" not in caught.value.message
+    if is_set:
+        with pytest.raises(InvalidRequest) as caught:
+            encoder.encode(Prompt("hi"))
+        assert caught.value.field == "prompt"
