@@ -34,6 +34,13 @@ def end_tokens(model: str, tokenizer: Any) -> frozenset[int]:
     return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
 
 
+def max_positions(model: str) -> int | None:
+    """Return how many tokens a model was made for, prompt and answer together; none if it names no limit."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config(decoder=True)
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    return limit if limit and limit > 0 else None
+
+
 def read_vocabulary(model: str, tokenizer: Any) -> Vocabulary:
     """Return what guidance must know of a model's vocabulary."""
     return Vocabulary(

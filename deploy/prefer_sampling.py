@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.prompts import Prompt, PromptEncoder
 from actors.training.sampling import answer_prompts, decode_answer
-from actors.vocabularies import end_tokens, load_tokenizer
+from actors.vocabularies import end_tokens, load_tokenizer, max_positions
 from cluster.errors import InvalidConfiguration, InvalidRequest, TrimtabError
 from deploy.batch import PAUSES_S, Generate, Progress, answer_all
 from deploy.batch_lines import Line, derive_seed
@@ -45,7 +45,7 @@ def sample_locally(
         raise InvalidConfiguration(f"--model: {options.model} cannot be loaded: {error}") from error
     if not ends:
         raise InvalidConfiguration(f"--model: {options.model} names no token that ends an answer (eos_token); set it")
-    max_context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    max_context = max_positions(options.model) or sys.maxsize
     encoder = PromptEncoder(tokenizer)
     tokens = [_encode(asked, encoder, max_context - options.max_tokens) for asked in prompts]
     for i, drawn in answer_prompts(

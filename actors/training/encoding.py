@@ -30,6 +30,9 @@ class TokenLimits:
     max_response: int | None = None
     """Longer responses are cut to this length, and then lack their end token."""
 
+    max_positions: int | None = None
+    """Of the models that see an example: what is longer, prompt and response together, is refused."""
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
@@ -68,7 +71,7 @@ class Report:
     """How many were left out or cut, by reason."""
 
     first_refusal: str = ""
-    """Why the first example that the model's prompts cannot be made of was left out."""
+    """Why the first row that cannot be used was left out."""
 
     def lines(self) -> list[str]:
         """The report, one fact a line."""
@@ -94,7 +97,7 @@ class ResponseEncoder:
             tokenizer: Of the model.
             limits: What fits.
             end_tokens: All that end a text, as `actors.vocabularies.end_tokens` has them. The tokenizer's own is one.
-            skip_bad_rows: Count rows whose conversation the chat template refuses, instead of refusing them all.
+            skip_bad_rows: Count rows that cannot be used, instead of stopping at the first.
 
         Raises:
             InvalidConfiguration: there is no end token.
@@ -116,7 +119,8 @@ class ResponseEncoder:
         """Encode preferences; those that are left out are counted in `report`.
 
         Raises:
-            InvalidConfiguration: the chat template refuses a conversation, and bad rows are not to be skipped.
+            InvalidConfiguration: the chat template refuses a conversation, or an example has more tokens than the model
+                has positions, and bad rows are not to be skipped.
         """
         encoded = []
         for pair in pairs:
@@ -135,7 +139,8 @@ class ResponseEncoder:
         """Encode single responses; those that are left out are counted in `report`.
 
         Raises:
-            InvalidConfiguration: the chat template refuses a conversation, and bad rows are not to be skipped.
+            InvalidConfiguration: the chat template refuses a conversation, or an example has more tokens than the model
+                has positions, and bad rows are not to be skipped.
         """
         encoded = []
         for text in texts:
@@ -156,18 +161,34 @@ class ResponseEncoder:
         limit = self._limits.max_prompt
         try:
             tokens = self._prompts.encode(_as_prompt(prompt))
-            if limit is None or len(tokens) <= limit:
-                return tokens, tuple(self._response(prompt, tokens, response) for response in responses)
+            if limit is not None and len(tokens) > limit:
+                self.report.changed[f"left out: prompts of more than {limit} tokens"] += 1
+                return None
+            encoded = tuple(self._response(prompt, tokens, response) for response in responses)
         except InvalidRequest as error:
-            if not self._skip_bad_rows:
-                raise InvalidConfiguration(
-                    f"row {row}: {error}; or leave such rows out with --skip-bad-rows"
-                ) from error
-            self.report.changed["left out: conversations that the chat template refuses"] += 1
-            self.report.first_refusal = self.report.first_refusal or f"row {row}: {error}"
-        else:
-            self.report.changed[f"left out: prompts of more than {limit} tokens"] += 1
-        return None
+            self._refuse(row, error.message, "conversations that the chat template refuses")
+            return None
+        longest, positions = len(tokens) + max(map(len, encoded)), self._limits.max_positions
+        if positions is not None and longest > positions:
+            self._refuse(
+                row,
+                f"{longest} tokens, prompt and response together, are more than the {positions} positions of the "
+                "model; cut responses with --max-response-tokens, leave long prompts out with --max-prompt-tokens",
+                f"examples of more than {positions} tokens, the model's positions",
+            )
+            return None
+        return tokens, encoded
+
+    def _refuse(self, row: int, told: str, reason: str) -> None:
+        """Count a row that cannot be used.
+
+        Raises:
+            InvalidConfiguration: bad rows are not to be skipped.
+        """
+        if not self._skip_bad_rows:
+            raise InvalidConfiguration(f"row {row}: {told}, or leave such rows out with --skip-bad-rows")
+        self.report.changed[f"left out: {reason}"] += 1
+        self.report.first_refusal = self.report.first_refusal or f"row {row}: {told}"
 
     def _response(self, prompt: str | Messages, prompt_tokens: Tokens, response: Response) -> Tokens:
         before = self._prompts.text_of(_as_prompt(prompt))
