@@ -19,9 +19,9 @@ from typing import Any
 
 import ray
 import torch
-from transformers import AutoModelForCausalLM
 
 from actors.calibration import FILE, Calibration, Point
+from actors.engine.loading import load_whole
 from actors.prompts import Prompt, PromptEncoder
 from actors.settings import locate_model
 from actors.training.calibration import (
@@ -122,9 +122,7 @@ def _observe(settings: Settings, asked: Sequence[Asked]) -> list[Observed]:
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     tokenizer = load_tokenizer(settings.base)
     base, guide = (
-        AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation="eager", trust_remote_code=False
-        ).eval()
+        load_whole(model, dtype=dtype, attn_implementation="eager").eval()
         for model in (settings.base, str(settings.guide))
     )
     encoder = PromptEncoder(tokenizer)

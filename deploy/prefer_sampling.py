@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from actors.engine.loading import load_whole
 from actors.prompts import Prompt, PromptEncoder
 from actors.training.sampling import answer_prompts, decode_answer
 from actors.vocabularies import end_tokens, load_tokenizer, max_positions
@@ -38,9 +38,7 @@ def sample_locally(
         tokenizer: Any = load_tokenizer(options.model)
         ends = end_tokens(options.model, tokenizer)
         # Eager attention is the fastest in bfloat16 on CPUs.
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            options.model, dtype=DTYPES[options.dtype], attn_implementation="eager", trust_remote_code=False
-        ).eval()
+        model: Any = load_whole(options.model, dtype=DTYPES[options.dtype], attn_implementation="eager").eval()
     except (OSError, ValueError) as error:
         raise InvalidConfiguration(f"--model: {options.model} cannot be loaded: {error}") from error
     if not ends:

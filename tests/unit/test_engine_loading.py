@@ -18,6 +18,8 @@ from transformers.models.phi3 import Phi3Config
 from transformers.models.stablelm import StableLmConfig
 
 from actors.engine import Engine, Work
+from actors.engine.loading import load_whole
+from actors.training.run import RunSettings, build
 from cluster.errors import InvalidConfiguration
 from tests import tiny
 
@@ -75,6 +77,63 @@ def test_missing_weights_are_never_made_up(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InvalidConfiguration, match=r"lacks 1 of the weights .*layers\.1\.mlp\.up_proj\.weight"):
         Engine.load(directory, dtype=torch.float32, max_sequences=1, max_context=8)
+
+
+def add(directory: Path, **more: torch.Tensor) -> None:
+    weights = load_file(directory / "model.safetensors")
+    save_file({**weights, **more}, directory / "model.safetensors", {"format": "pt"})
+
+
+EXTRA = {
+    "score.weight": "score.weight first. Save the model again",
+    "v_head.summary.weight": "v_head.summary.weight first. Save",
+    "model.layers.0.self_attn.q_proj.bias": r"self_attn\.q_proj\.bias first. Save",
+    "model.layers.1.self_attn.q_norm.weight": r"self_attn\.q_norm\.weight first. Save",
+    "model.layers.3.mlp.up_proj.weight": r"layers\.3\.mlp\.up_proj\.weight first. Save",
+    "model.layers.0.self_attn.q_proj.lora_A.weight": "lora_A.weight first. Merge the adapter",
+    "base_model.model.model.layers.0.mlp.up_proj.lora_B.default.weight": "lora_B.default.weight first. Merge",
+    "lm_head.bias": "lm_head.bias first. Save",
+}
+
+
+@pytest.mark.parametrize(("weight", "told"), EXTRA.items())
+def test_weights_that_a_model_would_not_use_are_refused_everywhere(tmp_path: Path, weight: str, told: str) -> None:
+    directory = tiny.save(tiny.llama(), tmp_path / "model")
+    add(tmp_path / "model", **{weight: torch.ones(4)})
+    with pytest.raises(InvalidConfiguration, match=f"holds 1 weights that LlamaForCausalLM does not have, .*{told}"):
+        Engine.load(directory, dtype=torch.float32, max_sequences=1, max_context=8)
+    other = tiny.save(tiny.llama(), tmp_path / "other")
+    runs = (
+        RunSettings(model=directory),
+        RunSettings(model=directory, objective="distillation", layers=(0, 2)),
+        RunSettings(model=directory, objective="dpo", lora_rank=0),
+        RunSettings(model=other, objective="guided", base=directory),
+    )
+    for run in runs:
+        with pytest.raises(InvalidConfiguration, match=told):
+            build(run)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "buffer"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("gpt2", "transformer.h.0.attn.bias"),
+        ("gpt2", "transformer.h.1.attn.masked_bias"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.bias"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.rotary_emb.inv_freq"),
+        ("llama", "model.embeddings.position_ids"),
+    ],
+)
+def test_what_old_checkpoints_hold_and_no_model_learns_is_left_out(
+    tmp_path: Path, architecture: str, buffer: str
+) -> None:
+    model = tiny.ARCHITECTURES[architecture]()
+    directory = tiny.save(model, tmp_path)
+    add(tmp_path, **{buffer: torch.ones(4)})
+    tokens = torch.tensor([[1, 2, 3]])
+    loaded = load_whole(directory, dtype=torch.float32)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize(

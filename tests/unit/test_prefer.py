@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from actors.coordinator.sequence import Piece
 from actors.prompts import Prompt, PromptEncoder
@@ -129,6 +130,16 @@ def test_every_end_token_of_the_model_ends_an_answer(prefer: Prefer, folder: Pat
         assert not set(before) & set(ends)
         assert (answer["finish_reason"] == "stop") == (last in ends)
         assert len(answer["text"]) <= len(before) + (last not in ends)
+
+
+def test_a_model_with_weights_that_it_would_not_use_is_refused(
+    prefer: Prefer, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(tiny.save(tiny.llama(), folder / "scoring"))
+    weights = load_file(path / "model.safetensors")
+    save_file({**weights, "score.weight": torch.ones(1, 32)}, path / "model.safetensors", {"format": "pt"})
+    assert prefer(model=path) == 2
+    assert "holds 1 weights that LlamaForCausalLM does not have, score.weight first" in capsys.readouterr().err
 
 
 def test_pairs_hold_the_prompt_two_answers_and_their_rewards(
