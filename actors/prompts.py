@@ -40,9 +40,18 @@ class PromptEncoder:
         """Return the prompt's token ids.
 
         Raises:
-            InvalidRequest: the prompt is empty, or is a conversation and the model has no template for it.
+            InvalidRequest: the prompt is empty, is a conversation and the model has no template for it, or template or
+                tokenizer fail on it.
         """
-        tokens = self.tokens_of(self.text_of(prompt), is_rendered=self.is_rendered(prompt))
+        text = self.text_of(prompt)
+        try:
+            tokens = self.tokens_of(text, is_rendered=self.is_rendered(prompt))
+        except Exception as error:
+            # The same text fails on every replica.
+            raise InvalidRequest(
+                f"{prompt.field}: the model's tokenizer fails on this text: {type(error).__name__}: {error}; change it",
+                prompt.field,
+            ) from error
         if not tokens:
             raise InvalidRequest(f"{prompt.field} holds no token; give some text", prompt.field)
         return tokens

@@ -14,7 +14,15 @@ from starlette.exceptions import HTTPException
 
 from actors.coordinator.request import invalid_request
 from actors.coordinator.sequence import Piece
-from cluster.errors import DeadlineExceeded, InvalidRequest, Overloaded, ReplicaLost, TrimtabError, UnknownModel
+from cluster.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    ReplicaLost,
+    TrimtabError,
+    UnknownModel,
+    in_brief,
+)
 from deploy.openai_schema import Answer, ErrorAnswer, ErrorDetail, ErrorType
 
 STATUS: dict[type[BaseException], tuple[int, ErrorType]] = {
@@ -102,7 +110,7 @@ def _describe(error: BaseException) -> tuple[int, ErrorDetail]:
             field: str | None = getattr(cause, "field", None)
             param = HTTP_NAMES.get(field, field) if field else None
             return status, ErrorDetail(message=_readable(str(cause)), type=error_type, param=param and _readable(param))
-    return 500, ErrorDetail(message=_readable(f"{type(cause).__name__}: {cause}"), type="server_error")
+    return 500, ErrorDetail(message=_readable(f"{type(cause).__name__}: {in_brief(cause)}"), type="server_error")
 
 
 def _readable(text: str) -> str:

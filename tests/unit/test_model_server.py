@@ -113,6 +113,27 @@ async def test_a_prompt_that_cannot_be_taken_is_refused(server: ModelServer, tex
     assert items[0].field == "prompt"
 
 
+FAILING_TEMPLATE = (
+    "{% set s = none %}{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] %}{% endif %}"
+    "{{ 'sys ' + s }}{{ messages[-1]['content'] }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"), [(FAILING_TEMPLATE, "hi"), ("{{ messages[9].content.x }}", "hi"), (None, "\ud800")]
+)
+async def test_a_prompt_that_fails_is_refused_at_once_and_holds_nothing(
+    server: ModelServer, monkeypatch: pytest.MonkeyPatch, template: str | None, text: str
+) -> None:
+    monkeypatch.setattr(server, "_encoder", PromptEncoder(tiny.tokenizer(80), template))
+    items = [item async for item in server.lease(request("c", "s", text))]
+    assert len(items) == 1
+    assert isinstance(items[0], Refusal)
+    assert items[0].field == "prompt"
+    assert "Traceback" not in items[0].message
+    assert server._leases == {}
+
+
 async def test_work_without_a_lease_is_refused_and_its_neighbours_done(server: ModelServer) -> None:
     async with leased(server, "c", "s") as lease, attached(lease, "c") as stream:
         work = [Work("stranger", 0, (1,), (0,)), Work("s", 0, tuple(lease.prompt_tokens), (4,))]

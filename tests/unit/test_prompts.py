@@ -34,3 +34,12 @@ def test_whatever_a_template_raises_refuses_the_messages(template: str, told: st
         with pytest.raises(InvalidRequest) as caught:
             encoder.encode(Prompt("hi"))
         assert caught.value.field == "prompt"
+
+
+@pytest.mark.parametrize(
+    "prompt", [Prompt("half a pair: \ud83d"), Prompt(messages=[{"role": "user", "content": "\ud83d"}])]
+)
+def test_a_text_that_the_tokenizer_fails_on_is_refused(prompt: Prompt) -> None:
+    with pytest.raises(InvalidRequest, match="tokenizer fails on this text") as caught:
+        PromptEncoder(tiny.tokenizer()).encode(prompt)
+    assert caught.value.field == prompt.field
