@@ -1,6 +1,5 @@
 """How answers and errors leave the gateway: one table from errors to HTTP, and server-sent events."""
 
-import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
@@ -23,6 +22,7 @@ from cluster.errors import (
     UnknownModel,
     in_brief,
 )
+from deploy.json_lines import to_line
 from deploy.openai_schema import Answer, ErrorAnswer, ErrorDetail, ErrorType
 
 STATUS: dict[type[BaseException], tuple[int, ErrorType]] = {
@@ -99,7 +99,7 @@ def _events(answer: Answer, pieces: list[Piece], *, with_usage: bool) -> str:
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {to_line(body)}\n\n"
 
 
 def _describe(error: BaseException) -> tuple[int, ErrorDetail]:
