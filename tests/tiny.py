@@ -186,6 +186,13 @@ def tokenizer(vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast
     return fast
 
 
+def byte_alphabet() -> dict[int, str]:
+    """Return the character that stands for each byte in GPT-2's alphabet."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
 SPACE_BEFORE_TEXT = ("prepended", "first", "always", "byte_level")
 """Kinds of tokenizers that put a space before a text: Llama 2's, Mistral's, T5's, and GPT-2's with a prefix space."""
 
