@@ -76,8 +76,19 @@ class PromptEncoder:
         return self.render(messages, prompt.field)
 
     def tokens_of(self, text: str, *, is_rendered: bool) -> list[int]:
-        """Return a text's tokens, those that the tokenizer puts before a text among them unless a template wrote it."""
-        return list(self._tokenizer(text, add_special_tokens=not is_rendered).input_ids)
+        """Return a text's tokens, with those that the tokenizer puts before a text unless a template wrote it.
+
+        What it puts after a text would end the prompt, and what the text begins with itself is not put there again.
+        """
+        if is_rendered:
+            return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        encoded = self._tokenizer(text, return_special_tokens_mask=True)
+        is_text = [not is_added for is_added in encoded.special_tokens_mask]
+        if True not in is_text:
+            return []
+        first, end = is_text.index(True), len(is_text) - is_text[::-1].index(True)
+        before, tokens = encoded.input_ids[:first], list(encoded.input_ids[first:end])
+        return tokens if tokens[:first] == before else [*before, *tokens]
 
     def render(self, messages: Sequence[Message], field: str = "messages", *, is_answered: bool = False) -> str:
         """Return the conversation as the template writes it.

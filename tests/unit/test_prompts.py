@@ -1,6 +1,7 @@
 """A prompt in a model's own tokens, or a refusal that names the request's field."""
 
 import pytest
+from tokenizers import normalizers, processors
 
 from actors.prompts import Message, Prompt, PromptEncoder
 from cluster.errors import InvalidRequest
@@ -43,3 +44,28 @@ def test_a_text_that_the_tokenizer_fails_on_is_refused(prompt: Prompt) -> None:
     with pytest.raises(InvalidRequest, match="tokenizer fails on this text") as caught:
         PromptEncoder(tiny.tokenizer()).encode(prompt)
     assert caught.value.field == prompt.field
+
+
+SPECIAL = [("<s>", 1), ("</s>", 0)]
+
+
+@pytest.mark.parametrize("single", ["$A", "<s> $A", "$A </s>", "<s> $A </s>", "<s> <s> $A </s>"])
+@pytest.mark.parametrize("text", ["The", "<s>The", "The</s>", "<s>The</s>", "<s><s>The", "The<s>", "<turn>The"])
+def test_a_text_has_one_beginning_and_no_end_but_its_own(single: str, text: str) -> None:
+    fast = tiny.spacing_tokenizer("byte_level")
+    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=SPECIAL)
+    plain = fast(text, add_special_tokens=False).input_ids
+    num_added = single.count("<s>")
+    has_its_own = plain[:num_added] == [1] * num_added
+    expected = plain if has_its_own else [1] * num_added + plain
+    assert PromptEncoder(fast).encode(Prompt(text)) == expected
+    # A template writes what it wants.
+    rendered = PromptEncoder(fast, "{{ messages[0]['content'] }}").encode(Prompt(text))
+    assert rendered == plain
+
+
+def test_a_text_without_tokens_of_its_own_is_refused() -> None:
+    fast = tiny.spacing_tokenizer("first")
+    fast.backend_tokenizer.normalizer = normalizers.Strip()
+    with pytest.raises(InvalidRequest, match="holds no token"):
+        PromptEncoder(fast).encode(Prompt("  "))
