@@ -8,7 +8,7 @@ from typing import Literal, Protocol, TypedDict
 from torch import Tensor
 
 from actors.coordinator.text import TextWriter
-from actors.guidance import Sampling
+from actors.guidance import Sampling, Spelled
 from actors.guidance.output import OutputFunction
 from cluster.errors import ReplicaLost, TrimtabError
 from cluster.exchange import Rows, Work
@@ -119,6 +119,9 @@ class LiveSequence:
     max_tokens: int
     end_tokens: Collection[int]
     writer: TextWriter
+    spelled: Spelled | None = None
+    """The base's tokens; without them every column of its logits may be drawn."""
+
     on_loss: Callable[[Voice, TrimtabError], None] | None = None
     """Finds a voice that has lost its replica another seat; without it the sequence fails."""
 
