@@ -57,6 +57,7 @@ def sample_locally(
         top_p=options.top_p,
         seed=options.seed,
         batch=options.batch,
+        tokens={*tokenizer.get_vocab().values(), *ends},
     ):
         answers = [
             Answer(

@@ -63,6 +63,7 @@ def observe(
         generator=torch.Generator().manual_seed(seed),
         temperature=temperature,
         top_p=top_p,
+        tokens={*tokenizer.get_vocab().values(), *end_tokens},
     )
     return [
         Observed(

@@ -42,6 +42,7 @@ def draw_answers(
     generator: torch.Generator,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    tokens: Collection[int] | None = None,
 ) -> list[Drawn]:
     """Draw an answer for every row, all of them in one batch.
 
@@ -57,16 +58,22 @@ def draw_answers(
         generator: Of the noise.
         temperature: Above 0.
         top_p: In (0, 1].
+        tokens: Those that the vocabulary holds: the base's other columns are never drawn. All by default.
     """
     answers = [Drawn([], 0.0) for _ in rows]
     voices = [_Voice(model, prompts, [prompt for prompt, _ in rows]) for model in models]
     weights_RM = torch.tensor([[1.0, *weights] for _, weights in rows])
     ends = torch.tensor(sorted(end_tokens))
+    is_unspelled_V = torch.zeros(voices[0].logits_RV.shape[1], dtype=torch.bool)
+    if tokens is not None:
+        is_unspelled_V[:] = True
+        is_unspelled_V[[token for token in tokens if token < len(is_unspelled_V)]] = False
     live = torch.arange(len(rows))
     is_over_R = torch.zeros(len(rows), dtype=torch.bool)
     for position in range(max_tokens):
-        base_RV = voices[0].logits_RV.float()
-        guided_RV = _merged([voice.logits_RV for voice in voices], weights_RM)
+        base_RV, *guides = (voice.logits_RV for voice in voices)
+        base_RV = base_RV.float().masked_fill(is_unspelled_V, -torch.inf)
+        guided_RV = _merged([base_RV, *guides], weights_RM)
         drawn_R = _draw(guided_RV, temperature, top_p, generator)
         divergence_R = _divergence(guided_RV, base_RV) if len(voices) > 1 else torch.zeros(len(live))
         for index, is_over, token, nats in zip(
@@ -187,6 +194,7 @@ def answer_prompts(
     top_p: float,
     seed: int,
     batch: int,
+    tokens: Collection[int] | None = None,
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """Yield the index of every pending prompt with its responses, `batch` prompts of about the same length at a time.
 
@@ -207,6 +215,7 @@ def answer_prompts(
             generator=torch.Generator().manual_seed(seed + start),
             temperature=temperature,
             top_p=top_p,
+            tokens=tokens,
         )
         for number, i in enumerate(members):
             if i in pending:

@@ -147,3 +147,26 @@ def test_an_answers_text_keeps_its_space_and_leaves_the_end_token_out(kind: str,
     answer = fast.convert_tokens_to_ids([piece.replace("_", space) for piece in pieces])
     ends = {fast.convert_tokens_to_ids("A"), 0, 2}
     assert decode_answer(fast, fast("hi").input_ids, answer, ends) == text
+
+
+@pytest.mark.parametrize("tokens", [range(40), [0, *range(30, 60)]])
+@pytest.mark.parametrize("weights", [(), (-2.0,), (1.0,)])
+def test_a_column_without_a_token_is_never_drawn(tokens: Sequence[int], weights: Sequence[float]) -> None:
+    models = [llama(), *(llama(seed=i + 1) for i in range(len(weights)))]
+    rows = [(prompt, weights) for prompt in range(3) for _ in range(20)]
+    drawn = _draw(models, rows, tokens=tokens)
+    assert {token for answer in drawn for token in answer} <= set(tokens)
+    assert not {token for answer in _draw(models, rows) for token in answer} <= set(tokens)
+
+
+def test_the_divergence_counts_the_vocabularys_tokens_alone() -> None:
+    [answer] = draw_answers(
+        [llama(), llama(seed=1)],
+        [[5]],
+        [(0, (0.5,))],
+        max_tokens=4,
+        end_tokens={0},
+        generator=torch.Generator().manual_seed(0),
+        tokens=range(40),
+    )
+    assert 0 < answer.divergence < float("inf")
