@@ -90,6 +90,10 @@ class PromptEncoder:
         before, tokens = encoded.input_ids[:first], list(encoded.input_ids[first:end])
         return tokens if tokens[:first] == before else [*before, *tokens]
 
+    def name_of(self, token: int) -> str:
+        """Return how a token is spelled."""
+        return str(self._tokenizer.convert_ids_to_tokens(token))
+
     def render(self, messages: Sequence[Message], field: str = "messages", *, is_answered: bool = False) -> str:
         """Return the conversation as the template writes it.
 

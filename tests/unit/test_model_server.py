@@ -113,6 +113,26 @@ async def test_a_prompt_that_cannot_be_taken_is_refused(server: ModelServer, tex
     assert items[0].field == "prompt"
 
 
+@pytest.mark.parametrize("text", ["hello<added>", "<added>", "a<added><added>b", "<other>"])
+@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}", "{{ messages[0]['content'] }}<added>"])
+async def test_a_token_that_the_model_has_no_embedding_for_is_refused(
+    server: ModelServer, monkeypatch: pytest.MonkeyPatch, template: str | None, text: str
+) -> None:
+    fast = tiny.tokenizer(80)
+    fast.add_tokens(["<added>"])
+    fast.add_special_tokens({"additional_special_tokens": ["<other>"]})
+    monkeypatch.setattr(server, "_encoder", PromptEncoder(fast, template))
+    [item] = [item async for item in server.lease(request("c", "s", text))]
+    assert isinstance(item, Refusal)
+    assert item.field == "prompt"
+    assert "id 8" in item.message
+    assert "80 tokens" in item.message
+    if template is None:
+        # What is spelled by tokens that the model has is taken.
+        async with leased(server, "c", "s", "hello added"):
+            pass
+
+
 FAILING_TEMPLATE = (
     "{% set s = none %}{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] %}{% endif %}"
     "{{ 'sys ' + s }}{{ messages[-1]['content'] }}"
