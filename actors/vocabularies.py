@@ -12,9 +12,17 @@ def load_tokenizer(model: str) -> Any:
     """Return a model's fast tokenizer.
 
     Raises:
-        InvalidConfiguration: it has none.
+        InvalidConfiguration: it has none, or none that can be loaded.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:
+        # Whatever lies in the directory makes transformers raise what it will; the first line says most of it.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InvalidConfiguration(
+            f"{model!r} cannot be loaded: its tokenizer: {reason} Put tokenizer.json and tokenizer_config.json of the "
+            "model beside its weights."
+        ) from error
     if not tokenizer.is_fast:
         raise InvalidConfiguration(
             f"{model} has no fast tokenizer (tokenizer.json); convert it with transformers first"

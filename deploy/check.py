@@ -5,6 +5,7 @@ finds the first mistake in any of them, by its path, in seconds and without load
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,8 @@ from pydantic import BaseModel, ValidationError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.quantizers import AutoHfQuantizer
 
 from actors.engine.output import check_family
 from actors.engine.sharding import check_shardable
@@ -26,11 +29,15 @@ from cluster.errors import InvalidConfiguration
 from deploy.access.exposure import is_loopback
 from deploy.access.keys import KeyRing
 
+logger = logging.getLogger(__name__)
+
 Settings = TypeVar("Settings", bound=BaseModel)
 
 BASE = "trimtab-base"
 GUIDE = "trimtab-guide-"
 TRIMTAB = "trimtab"
+
+ROPE_TYPES = ("default", *sorted({*ROPE_INIT_FUNCTIONS} - {"default"}))
 
 APPLICATIONS: Mapping[str, tuple[type[BaseModel], set[str]]] = {
     "deploy.applications:base": (BaseModelSettings, {"BaseModel"}),
@@ -188,15 +195,17 @@ def _check_models(settings: Mapping[str, BaseModel]) -> None:
     assert isinstance(base, BaseModelSettings)
     for name, model in settings.items():
         if isinstance(model, BaseModelSettings):
-            try:
-                model_config = AutoConfig.from_pretrained(model.model, trust_remote_code=False)
-            except (OSError, ValueError) as error:
-                raise InvalidConfiguration(f"{name}: the model {model.model!r} cannot be read: {error}") from error
+            path = f"{name}: args.model: the model {model.model!r}"
+            model_config = _read_config(path, model.model)
             longest = getattr(model_config, "max_position_embeddings", None)
             if longest is not None and model.max_context > longest:
                 raise InvalidConfiguration(
                     f"{name}: max_context is {model.max_context}, but {model.model} can take {longest} tokens"
                 )
+            try:
+                load_tokenizer(model.model)
+            except InvalidConfiguration as error:
+                raise InvalidConfiguration(f"{name}: args.model: {error}") from error
             if model.tensor_parallel > 1:
                 check_shardable(model_config, f"{model.model} ({name})", model.tensor_parallel)
         if isinstance(model, GuideSettings):
@@ -209,6 +218,43 @@ def _check_models(settings: Mapping[str, BaseModel]) -> None:
                 read_vocabulary(model.model, load_tokenizer(model.model)),
                 guide_name=name.removeprefix(GUIDE),
             )
+
+
+def _read_config(path: str, model: str) -> Any:
+    """The configuration of a model that can be loaded here, as far as it says; `path` begins the message if it cannot.
+
+    Raises:
+        InvalidConfiguration: it cannot be read, or asks for what is not there.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:
+        # transformers raises whatever a configuration makes it: KeyError, ZeroDivisionError, errors of validators.
+        told = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+        raise InvalidConfiguration(f"{path} cannot be read: {told}; mend its config.json") from error
+    if (quantization := getattr(config, "quantization_config", None)) is not None:
+        try:
+            AutoHfQuantizer.from_config(quantization).validate_environment()
+        except (ImportError, ValueError) as error:
+            raise InvalidConfiguration(
+                f"{path} is quantised in a way that cannot be read here: {error}; give the model as it was before, "
+                "or install what is missing on every node"
+            ) from error
+        except RuntimeError as error:
+            logger.warning("%s is quantised: %s; the nodes that serve it may have what this machine lacks", path, error)
+    for rope_type in _rope_types(getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}):
+        if rope_type not in ROPE_TYPES:
+            raise InvalidConfiguration(
+                f"{path} cannot be read: config.json has the rope type {rope_type!r}, which is none of "
+                f"{', '.join(ROPE_TYPES)}; save the model with a newer transformers ('su' is now 'longrope')"
+            )
+    return config
+
+
+def _rope_types(parameters: Mapping[str, Any]) -> list[str]:
+    """The types of rotary positions, of all layers or of each kind of layer."""
+    groups = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return [group["rope_type"] for group in groups if "rope_type" in group]
 
 
 def main() -> None:

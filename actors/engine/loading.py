@@ -13,6 +13,9 @@ from cluster.errors import InvalidConfiguration
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_TELLING = (OSError, RuntimeError, SafetensorError, ValueError, ImportError)
+"""Errors whose message says what is wrong without their name."""
+
 _BUFFER = re.compile(r"\.(attn|attention)(\.attention)?\.(bias|masked_bias)$|(^|[._])inv_freq$|(^|\.)position_ids$")
 """Causal masks, rotary frequencies and positions, which old checkpoints hold and no model learns."""
 
@@ -54,9 +57,11 @@ def load_whole(model: str | Path, **options: Any) -> PreTrainedModel:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             model, trust_remote_code=False, output_loading_info=True, **options
         )
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+    except Exception as error:
+        # Any directory may come; what its configuration and its weights make transformers raise is anything.
+        told = str(error) if isinstance(error, _TELLING) else f"{type(error).__name__}: {error}."
         raise InvalidConfiguration(
-            f"model: {str(model)!r} cannot be loaded: {error} Give the directory or hub id of a causal language model "
+            f"model: {str(model)!r} cannot be loaded: {told} Give the directory or hub id of a causal language model "
             "with safetensors weights."
         ) from error
     name = type(loaded).__name__

@@ -1,6 +1,7 @@
 """A mistake in deploy.yaml is found before anything starts, and its path is named."""
 
 import copy
+import json
 import shutil
 import subprocess
 import sys
@@ -161,6 +162,49 @@ def test_a_guide_with_another_tokenizer_is_refused_by_its_first_differing_token(
     with pytest.raises(
         InvalidConfiguration, match="guide 'positivity' has another tokenizer than the base: token 8 is"
     ):
+        check(config)
+
+
+UNREADABLE = {
+    "rope type 'su'": {"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}},
+    "rope type 'yarn2'": {"rope_parameters": {"rope_type": "yarn2", "rope_theta": 1e4}},
+    "KeyError": {"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
+    "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    "bitsandbytes.*8": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+    "integer modulo by zero": {"num_attention_heads": 0},
+    "expected int, got str": {"hidden_size": "big"},
+    "layer_types": {"layer_types": ["none", "of", "these"]},
+    "nonsense": {"model_type": "nonsense"},
+}
+
+
+@pytest.mark.parametrize("name", ["trimtab-base", "trimtab-guide-positivity"])
+@pytest.mark.parametrize(("says", "changes"), UNREADABLE.items())
+def test_a_model_that_cannot_be_loaded_is_told_in_a_sentence(
+    config: Config, tmp_path: Path, name: str, says: str, changes: Config
+) -> None:
+    args = applications(config)[name]["args"]
+    shutil.copytree(args["model"], tmp_path / "odd")
+    file = tmp_path / "odd" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    args["model"] = str(tmp_path / "odd")
+    with pytest.raises(InvalidConfiguration, match=rf"(?s)^{name}: args.model: the model '/.*/odd' .*{says}"):
+        check(config)
+
+
+@pytest.mark.parametrize("name", ["trimtab-base", "trimtab-guide-positivity"])
+@pytest.mark.parametrize("content", [None, "", "{}", "not JSON"])
+def test_a_model_without_a_tokenizer_is_told_in_a_sentence(
+    config: Config, tmp_path: Path, name: str, content: str | None
+) -> None:
+    args = applications(config)[name]["args"]
+    shutil.copytree(args["model"], tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("tokenizer*"):
+        file.unlink()
+    if content is not None:
+        (tmp_path / "bare" / "tokenizer.json").write_text(content)
+    args["model"] = str(tmp_path / "bare")
+    with pytest.raises(InvalidConfiguration, match=rf"^{name}: args.model: '/.*/bare' cannot be .*tokenizer"):
         check(config)
 
 

@@ -1,5 +1,6 @@
 """An engine starts with any model that it computes rightly, and refuses every other by name."""
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,24 @@ def test_a_damaged_model_is_refused(tmp_path: Path, file: str, content: str) -> 
     (tmp_path / file).write_text(content)
     with pytest.raises(InvalidConfiguration, match=f"{directory}.* cannot be loaded"):
         Engine.load(directory, dtype=torch.float32, max_sequences=1, max_context=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "KeyError: 'su'"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "requires bitsandbytes"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+    ],
+)
+def test_whatever_a_configuration_makes_transformers_raise_is_told(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    directory = tiny.save(tiny.llama(), tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | changes))
+    with pytest.raises(InvalidConfiguration, match=f"'{directory}' cannot be loaded: .*{says}"):
+        load_whole(directory, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
