@@ -18,9 +18,9 @@ def load_tokenizer(model: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
         # Whatever lies in the directory makes transformers raise what it will; the first line says most of it.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
         raise InvalidConfiguration(
-            f"{model!r} cannot be loaded: its tokenizer: {reason} Copy tokenizer.json and tokenizer_config.json there "
+            f"{model!r} cannot be loaded: its tokenizer: {reason}. Copy tokenizer.json and tokenizer_config.json there "
             "from the model that it was made of."
         ) from error
     if not tokenizer.is_fast:

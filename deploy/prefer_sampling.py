@@ -35,8 +35,8 @@ def sample_locally(
         InvalidConfiguration: it cannot be loaded, or a prompt cannot be encoded or is too long.
     """
     try:
-        tokenizer: Any = load_tokenizer(options.model)
-        ends = end_tokens(options.model, tokenizer)
+        tokenizer: Any = load_tokenizer(str(options.model))
+        ends = end_tokens(str(options.model), tokenizer)
         # Eager attention is the fastest in bfloat16 on CPUs.
         model: Any = load_whole(options.model, dtype=DTYPES[options.dtype], attn_implementation="eager").eval()
     except InvalidConfiguration as error:
