@@ -201,7 +201,7 @@ class ModelServer:
         await self.start()
         try:
             tokens = self._encoder.encode(request.prompt)
-            self._check_context(tokens, request.prompt.field)
+            self._check(tokens, request.prompt.field)
         except InvalidRequest as error:
             yield Refusal(message=error.message, field=error.field)
             return
@@ -227,11 +227,18 @@ class ModelServer:
         finally:
             self._release(key)
 
-    def _check_context(self, tokens: Sequence[int], field: str) -> None:
+    def _check(self, tokens: Sequence[int], field: str) -> None:
+        """Raise `InvalidRequest` if a prompt does not fit into the context, or holds a token that the model lacks."""
         if len(tokens) >= self.engine.max_context:
             raise InvalidRequest(
                 f"{field} has {len(tokens)} tokens, but the context limit is {self.engine.max_context} tokens, "
                 "prompt and output together; shorten it",
+                field,
+            )
+        if (last := max(tokens)) >= self.engine.num_token_ids:
+            raise InvalidRequest(
+                f"{field} holds the token {self._encoder.name_of(last)!r}, id {last}, and the model was made with "
+                f"{self.engine.num_token_ids} tokens; leave it out",
                 field,
             )
 

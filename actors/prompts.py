@@ -40,22 +40,71 @@ class PromptEncoder:
         """Return the prompt's token ids.
 
         Raises:
-            InvalidRequest: the prompt is empty, or is a conversation and the model has no template for it.
+            InvalidRequest: the prompt is empty, is a conversation and the model has no template for it, or template or
+                tokenizer fail on it.
         """
-        messages = prompt.messages
-        if messages is None and self._template is not None:
-            messages = [{"role": "user", "content": prompt.text or ""}]
-        if not (prompt.text or prompt.messages):
-            raise InvalidRequest(f"{prompt.field} is empty; give at least one character", prompt.field)
-        if messages is None:
-            tokens = self._tokenizer(prompt.text).input_ids
-        else:
-            tokens = self._tokenizer(self._render(messages, prompt.field), add_special_tokens=False).input_ids
+        text = self.text_of(prompt)
+        try:
+            tokens = self.tokens_of(text, is_rendered=self.is_rendered(prompt))
+        except Exception as error:
+            # The same text fails on every replica.
+            raise InvalidRequest(
+                f"{prompt.field}: the model's tokenizer fails on this text: {type(error).__name__}: {error}; change it",
+                prompt.field,
+            ) from error
         if not tokens:
             raise InvalidRequest(f"{prompt.field} holds no token; give some text", prompt.field)
-        return list(tokens)
+        return tokens
 
-    def _render(self, messages: Sequence[Message], field: str) -> str:
+    def is_rendered(self, prompt: Prompt) -> bool:
+        """Whether a template writes the prompt's text, special tokens and all."""
+        return prompt.messages is not None or self._template is not None
+
+    def text_of(self, prompt: Prompt) -> str:
+        """Return the text that the prompt's tokens are made of.
+
+        Raises:
+            InvalidRequest: as `encode` does.
+        """
+        if not (prompt.text or prompt.messages):
+            raise InvalidRequest(f"{prompt.field} is empty; give at least one character", prompt.field)
+        if not self.is_rendered(prompt):
+            return prompt.text or ""
+        messages = prompt.messages
+        if messages is None:
+            messages = [{"role": "user", "content": prompt.text or ""}]
+        return self.render(messages, prompt.field)
+
+    def tokens_of(self, text: str, *, is_rendered: bool) -> list[int]:
+        """Return a text's tokens, with those that the tokenizer puts before a text unless a template wrote it.
+
+        What it puts after a text would end the prompt, and what the text begins with itself is not put there again.
+        """
+        if is_rendered:
+            return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        encoded = self._tokenizer(text, return_special_tokens_mask=True)
+        is_text = [not is_added for is_added in encoded.special_tokens_mask]
+        if True not in is_text:
+            return []
+        first, end = is_text.index(True), len(is_text) - is_text[::-1].index(True)
+        before, tokens = encoded.input_ids[:first], list(encoded.input_ids[first:end])
+        return tokens if tokens[:first] == before else [*before, *tokens]
+
+    def name_of(self, token: int) -> str:
+        """Return how a token is spelled."""
+        return str(self._tokenizer.convert_ids_to_tokens(token))
+
+    def render(self, messages: Sequence[Message], field: str = "messages", *, is_answered: bool = False) -> str:
+        """Return the conversation as the template writes it.
+
+        Args:
+            messages: Of the conversation.
+            field: Of the request, for messages of errors.
+            is_answered: Whether the last message is the model's own; else its turn begins after the text.
+
+        Raises:
+            InvalidRequest: there is no template, or it fails on this conversation.
+        """
         if self._template is None and not self._tokenizer.chat_template:
             raise InvalidRequest(
                 f"{field}: the model {self._tokenizer.name_or_path!r} has no chat template; "
@@ -65,8 +114,15 @@ class PromptEncoder:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    list(messages), chat_template=self._template, add_generation_prompt=True, tokenize=False
+                    list(messages), chat_template=self._template, add_generation_prompt=not is_answered, tokenize=False
                 )
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"{field}: the chat template refuses this conversation: {error}", field) from error
+        except Exception as error:
+            # A template is a program: on a conversation that it was not made for it may raise whatever Python does.
+            raise InvalidRequest(
+                f"{field}: the chat template fails on this conversation: {type(error).__name__}: {error}; send other "
+                "roles, or mend the template",
+                field,
+            ) from error

@@ -12,14 +12,16 @@ def load_tokenizer(model: str) -> Any:
     """Return a model's fast tokenizer.
 
     Raises:
-        InvalidConfiguration: it has none, or it cannot be read.
+        InvalidConfiguration: it has none, or none that can be loaded.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # Whatever lies in the directory makes transformers raise what it will; the first line says most of it.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
         raise InvalidConfiguration(
-            f"{model} has no tokenizer that can be read; copy tokenizer.json and tokenizer_config.json there from the "
-            f"model that it was made of: {str(error).partition(chr(10))[0].strip()}"
+            f"{model!r} cannot be loaded: its tokenizer: {reason}. Copy tokenizer.json and tokenizer_config.json there "
+            "from the model that it was made of."
         ) from error
     if not tokenizer.is_fast:
         raise InvalidConfiguration(
@@ -29,14 +31,22 @@ def load_tokenizer(model: str) -> Any:
 
 
 def end_tokens(model: str, tokenizer: Any) -> frozenset[int]:
-    """Return the ids that end a text: those of the generation settings, and the tokenizer's own."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    """Return the ids that end a text: those of the generation settings, else the model's, and the tokenizer's own."""
     try:
         eos = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:
-        eos = config.eos_token_id
+        eos = None
+    if eos is None:
+        eos = AutoConfig.from_pretrained(model, trust_remote_code=False).eos_token_id
     ids = eos if isinstance(eos, list) else [eos]
     return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
+
+
+def max_positions(model: str) -> int | None:
+    """Return how many tokens a model was made for, prompt and answer together; none if it names no limit."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config(decoder=True)
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    return limit if limit and limit > 0 else None
 
 
 def read_vocabulary(model: str, tokenizer: Any) -> Vocabulary:

@@ -70,3 +70,16 @@ class Preempted(TrimtabError):
 
 class EngineError(TrimtabError):
     """A sequence cannot take the step that it was asked to take."""
+
+
+def in_brief(error: BaseException) -> str:
+    """Return what an error says, for a client: of one that Ray carried, its cause's words in one line.
+
+    Around them Ray puts a traceback, process ids and addresses, which are for logs.
+    """
+    cause = getattr(error, "cause", None) or error
+    text = str(cause).strip()
+    if isinstance(cause, TrimtabError) or "\n" not in text:
+        return text or type(cause).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if any(line.startswith("Traceback") for line in lines) else lines[0]

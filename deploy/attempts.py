@@ -11,7 +11,7 @@ from ray.serve.exceptions import RayServeException
 from actors.api import Piece, Resume
 from actors.coordinator.request import choose_seed
 from actors.settings import Limits
-from cluster.errors import AnswerLost, Overloaded
+from cluster.errors import AnswerLost, Overloaded, in_brief
 
 REPEATABLE = (AnswerLost, Overloaded)
 """What an attempt may fail with so that another one makes sense; `Attempts.pause_s` knows whether it does."""
@@ -94,4 +94,4 @@ def own_errors() -> Iterator[None]:
     except RayTaskError as error:
         raise error.cause from error
     except (RayError, RayServeException) as error:
-        raise AnswerLost(f"the coordinator was lost: {error}") from error
+        raise AnswerLost(f"the coordinator was lost: {in_brief(error)}") from error

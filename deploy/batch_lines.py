@@ -12,6 +12,7 @@ from pydantic import ValidationError, model_validator
 
 from actors.coordinator.request import GenerationRequest, invalid_request
 from cluster.errors import InvalidRequest
+from deploy.json_lines import to_line
 from deploy.openai_schema import Guidance
 
 
@@ -121,7 +122,7 @@ def to_json(value: Any) -> bytes:
     Raises:
         ValueError: a number is not finite, or a text holds half of a surrogate pair.
     """
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return to_line(value).encode()
 
 
 def _digest(content: bytes) -> str:

@@ -19,9 +19,9 @@ from typing import Any
 
 import ray
 import torch
-from transformers import AutoModelForCausalLM
 
 from actors.calibration import FILE, Calibration, Point
+from actors.engine.loading import load_whole
 from actors.prompts import Prompt, PromptEncoder
 from actors.settings import locate_model
 from actors.training.calibration import (
@@ -35,7 +35,7 @@ from actors.training.calibration import (
 from actors.training.card import replace_section
 from actors.training.rewards import Reward, load_reward, score
 from actors.training.run import SETTINGS
-from actors.vocabularies import load_tokenizer
+from actors.vocabularies import end_tokens, load_tokenizer
 from cluster.errors import InvalidConfiguration, InvalidRequest, TrimtabError
 from deploy.prefer_answers import Asked, read_prompts
 from deploy.training import choose_dtype, exit_status
@@ -122,9 +122,7 @@ def _observe(settings: Settings, asked: Sequence[Asked]) -> list[Observed]:
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     tokenizer = load_tokenizer(settings.base)
     base, guide = (
-        AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation="eager", trust_remote_code=False
-        ).eval()
+        load_whole(model, dtype=dtype, attn_implementation="eager").eval()
         for model in (settings.base, str(settings.guide))
     )
     encoder = PromptEncoder(tokenizer)
@@ -140,7 +138,7 @@ def _observe(settings: Settings, asked: Sequence[Asked]) -> list[Observed]:
         tokenizer,
         prompts,
         (0.0, *settings.weights),
-        end_tokens={tokenizer.eos_token_id},
+        end_tokens=end_tokens(settings.base, tokenizer),
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,

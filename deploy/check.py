@@ -16,13 +16,11 @@ import yaml
 from pydantic import BaseModel
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
-from transformers import AutoConfig
 
 from actors.engine.output import check_family
 from actors.engine.sharding import check_shardable
 from actors.guidance import check_vocabulary
 from actors.settings import (
-    CHECKOUT,
     NO_GUIDANCE,
     BaseModelSettings,
     CoordinatorSettings,
@@ -34,7 +32,7 @@ from cluster.errors import InvalidConfiguration
 from deploy.access.exposure import is_loopback
 from deploy.access.keys import KeyRing
 from deploy.capacity import Machine, shortages
-from deploy.model_files import check_weights
+from deploy.model_files import check_weights, read_config
 from deploy.planning.models import read_shape
 from deploy.port import names_a_cluster
 from deploy.validation import nearest, unknown_keys
@@ -186,17 +184,10 @@ def _check_model(name: str, args: BaseModelSettings) -> Any:
     """Check one application's model; return its tokenizer."""
     try:
         check_weights(args.model)
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+        config = read_config(args.model)
         tokenizer = load_tokenizer(args.model)
     except InvalidConfiguration as error:
-        raise InvalidConfiguration(f"{name}: {error}") from error
-    except Exception as error:
-        # Whatever transformers makes of a configuration that it does not expect.
-        said = error if isinstance(error, OSError | ValueError) else repr(error)
-        models = [f"models/{config.parent.name}" for config in (CHECKOUT / "models").glob("*/config.json")]
-        raise InvalidConfiguration(
-            f"{name}: the model {args.model!r} cannot be read: {said}{nearest(args.model, models)}"
-        ) from error
+        raise InvalidConfiguration(f"{name}: args.model: {error}") from error
     longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and args.max_context > longest:
         raise InvalidConfiguration(
@@ -215,7 +206,7 @@ def _check_model(name: str, args: BaseModelSettings) -> Any:
         # What the engine would refuse at start.
         read_shape(args.model, max_context=args.max_context)
     except InvalidConfiguration as error:
-        raise InvalidConfiguration(f"{name}: {error}") from error
+        raise InvalidConfiguration(f"{name}: args.model: {error}") from error
     return tokenizer
 
 

@@ -14,8 +14,8 @@ from typing import IO, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from actors.api import FinishReason
 from actors.coordinator.request import ChatMessage, Text, invalid_request
-from actors.coordinator.sequence import FinishReason
 from cluster.errors import InvalidConfiguration
 from deploy.batch_lines import to_json
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from actors.engine.loading import load_whole
 from actors.prompts import Prompt, PromptEncoder
-from actors.training.sampling import answer_prompts, sentence_ends
+from actors.training.sampling import answer_prompts, decode_answer, sentence_ends
+from actors.vocabularies import end_tokens, load_tokenizer, max_positions
 from cluster.errors import InvalidConfiguration, InvalidRequest, TrimtabError
 from deploy.batch import PAUSES_S, Generate, Progress, answer_all
 from deploy.batch_lines import Line, derive_seed
@@ -34,17 +35,17 @@ def sample_locally(
         InvalidConfiguration: it cannot be loaded, or a prompt cannot be encoded or is too long.
     """
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+        tokenizer: Any = load_tokenizer(str(options.model))
+        ends = end_tokens(str(options.model), tokenizer)
         # Eager attention is the fastest in bfloat16 on CPUs.
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            options.model, dtype=DTYPES[options.dtype], attn_implementation="eager", trust_remote_code=False
-        ).eval()
+        model: Any = load_whole(options.model, dtype=DTYPES[options.dtype], attn_implementation="eager").eval()
+    except InvalidConfiguration as error:
+        raise InvalidConfiguration(f"--model: {str(error).removeprefix('model: ')}") from error
     except (OSError, ValueError) as error:
         raise InvalidConfiguration(f"--model: {options.model} cannot be loaded: {error}") from error
-    end_token = tokenizer.eos_token_id
-    if end_token is None:
-        raise InvalidConfiguration(f"--model: the tokenizer in {options.model} has no eos_token to end answers; set it")
-    max_context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    if not ends:
+        raise InvalidConfiguration(f"--model: {options.model} names no token that ends an answer (eos_token); set it")
+    max_context = max_positions(options.model) or sys.maxsize
     encoder = PromptEncoder(tokenizer)
     tokens = [_encode(asked, encoder, max_context - options.max_tokens) for asked in prompts]
     for i, drawn in answer_prompts(
@@ -53,18 +54,22 @@ def sample_locally(
         {i for i, asked in enumerate(prompts) if asked.id not in done},
         num_samples=options.samples,
         max_tokens=options.max_tokens,
-        end_tokens={end_token},
+        end_tokens=ends,
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
         batch=options.batch,
         stops=sentence_ends(tokenizer) if options.sentence else (),
         min_tokens=options.sentence or 0,
+        tokens={*tokenizer.get_vocab().values(), *ends},
     ):
-        texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
         answers = [
-            Answer(text=text, token_ids=ids, finish_reason="stop" if ids[-1] == end_token else "length")
-            for text, ids in zip(texts, drawn, strict=True)
+            Answer(
+                text=decode_answer(tokenizer, tokens[i], ids, ends),
+                token_ids=ids,
+                finish_reason="stop" if ids[-1] in ends else "length",
+            )
+            for ids in drawn
         ]
         record(prompts[i], answers)
         for _ in drawn:

@@ -1,6 +1,5 @@
 """How answers and errors leave the gateway: one table from errors to HTTP, and server-sent events."""
 
-import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
@@ -14,7 +13,16 @@ from starlette.exceptions import HTTPException
 
 from actors.api import Piece
 from actors.coordinator.request import invalid_request
-from cluster.errors import DeadlineExceeded, InvalidRequest, Overloaded, ReplicaLost, TrimtabError, UnknownModel
+from cluster.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    ReplicaLost,
+    TrimtabError,
+    UnknownModel,
+    in_brief,
+)
+from deploy.json_lines import to_line
 from deploy.openai_schema import Answer, ErrorAnswer, ErrorDetail, ErrorType
 
 STATUS: dict[type[BaseException], tuple[int, ErrorType]] = {
@@ -91,7 +99,7 @@ def _events(answer: Answer, pieces: list[Piece], *, with_usage: bool) -> str:
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {to_line(body)}\n\n"
 
 
 def _describe(error: BaseException) -> tuple[int, ErrorDetail]:
@@ -102,7 +110,7 @@ def _describe(error: BaseException) -> tuple[int, ErrorDetail]:
             field: str | None = getattr(cause, "field", None)
             param = HTTP_NAMES.get(field, field) if field else None
             return status, ErrorDetail(message=_readable(str(cause)), type=error_type, param=param and _readable(param))
-    return 500, ErrorDetail(message=_readable(f"{type(cause).__name__}: {cause}"), type="server_error")
+    return 500, ErrorDetail(message=_readable(f"{type(cause).__name__}: {in_brief(cause)}"), type="server_error")
 
 
 def _readable(text: str) -> str:

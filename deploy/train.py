@@ -64,7 +64,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m deploy.train",
         description="Train a guide (an autoregressive reward model) on preference pairs, or a model by DPO.",
         epilog="Data: JSONL, JSON or Parquet, or a hub id, with the columns prompt, chosen, rejected (texts or chat "
-        "messages), chosen and rejected as whole conversations, or those of PKU-SafeRLHF. Relative paths start in the "
+        "messages), chosen and rejected as whole conversations (messages, or texts with Human: and "
+        "Assistant:, as hh-rlhf has them), or those of PKU-SafeRLHF. Relative paths start in the "
         "working folder, which under `ray job submit` is the job's own copy: give absolute ones there, which all "
         "workers can see. Exit status: 0 trained, 1 stopped on the way or of no use, 2 nothing was started.",
     )

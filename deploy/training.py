@@ -27,7 +27,7 @@ from actors.training.data import Pairs, Texts
 from actors.training.encoding import EncodedPair, Report, ResponseEncoder, TokenLimits, arrange
 from actors.training.run import CHECKPOINTS, LOG, RESULT, SETTINGS, RunSettings, describe, newest_checkpoint, train
 from actors.training.trainer import Example
-from actors.vocabularies import load_tokenizer
+from actors.vocabularies import end_tokens, load_tokenizer, max_positions
 from cluster.errors import InvalidConfiguration, TrimtabError
 
 REPORT_PERIOD_S = 10.0
@@ -169,10 +169,20 @@ def response_encoder(options: argparse.Namespace) -> ResponseEncoder:
     """
     try:
         tokenizer = load_tokenizer(options.model)
+        base = getattr(options, "base", None) or options.model
+        # A guide's answers end where its base's do, and both see every example.
+        ends = end_tokens(base, tokenizer)
+        positions = [limit for model in (options.model, base) if (limit := max_positions(model)) is not None]
+    except InvalidConfiguration as error:
+        raise InvalidConfiguration(f"--model: {error}") from error
     except (OSError, ValueError) as error:
         raise InvalidConfiguration(f"--model: {options.model!r} cannot be loaded: {error}") from error
-    limits = TokenLimits(max_prompt=options.max_prompt_tokens, max_response=options.max_response_tokens)
-    return ResponseEncoder(tokenizer, limits)
+    limits = TokenLimits(
+        max_prompt=options.max_prompt_tokens,
+        max_response=options.max_response_tokens,
+        max_positions=min(positions, default=None),
+    )
+    return ResponseEncoder(tokenizer, limits, ends, skip_bad_rows=options.skip_bad_rows)
 
 
 def describe_data(source: Pairs | Texts, report: Report) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -183,6 +183,54 @@ def tokenizer(vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast
     backend.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_TOKEN)
     fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def byte_alphabet() -> dict[int, str]:
+    """Return the character that stands for each byte in GPT-2's alphabet."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+SPACE_BEFORE_TEXT = ("prepended", "first", "always", "byte_level")
+"""Kinds of tokenizers that put a space before a text: Llama 2's, Mistral's, T5's, and GPT-2's with a prefix space."""
+
+
+def spacing_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that puts a space before a text, as SPACE_BEFORE_TEXT says, with `<s>`, `</s>` and `<turn>`.
+
+    Token 0 is `</s>`, its eos; `<s>`, 1, comes before a text that no template wrote. `<turn>`, 2, is special too. Then
+    come bytes, and printable characters with merges to The, he and ▁The.
+    """
+    space = "Ġ" if kind == "byte_level" else "▁"
+    merges = [("h", "e"), (space, "T"), (f"{space}T", "he")]
+    special = ["</s>", "<s>", "<turn>", "<unk>"]
+    single = sorted(pre_tokenizers.ByteLevel.alphabet()) if kind == "byte_level" else [chr(i) for i in range(33, 127)]
+    stray = [] if kind == "byte_level" else [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = dict.fromkeys([*special, *stray, space, *single, *("".join(pair) for pair in merges)])
+    backend = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=merges,
+            unk_token="<unk>",
+            byte_fallback=kind != "byte_level",
+        )
+    )
+    if kind == "byte_level":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+    else:
+        if kind == "prepended":
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        else:
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": ["<turn>"]})
     return fast
 
 

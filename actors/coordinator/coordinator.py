@@ -20,6 +20,7 @@ from actors.coordinator.request import Generation, parse_request
 from actors.coordinator.sequence import LiveSequence, Voice
 from actors.coordinator.tenancy import Tenancy
 from actors.coordinator.text import TextWriter
+from actors.guidance import Spelled
 from actors.guidance.drawing import warm_up
 from actors.leases import BaseDescription, Lease
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
@@ -52,7 +53,7 @@ class Coordinator:
         self._outlets = Outlets(tls)
         self._lanes: dict[StepStream, Lane] = {}
         self._admission = Admission(settings.limits.max_open_requests)
-        self._bases: dict[str, tuple[BaseDescription, Tokenizer]] = {}
+        self._bases: dict[str, tuple[BaseDescription, Tokenizer, Spelled]] = {}
         self._figures = Figures()
         self._telemetry = Telemetry()
 
@@ -166,7 +167,7 @@ class Coordinator:
         for name, lease in leases.items():
             if lease.base_vocabulary != base.base_vocabulary:
                 raise InvalidConfiguration(f"guide {name!r} was made for another base; correct `base` in its args")
-        description, tokenizer = self._learn(base)
+        description, tokenizer, spelled = self._learn(base)
         sequence = LiveSequence(
             voices=[
                 Voice(name, _weight(request, name, leases[name]), None, list(leases[name].prompt_tokens))
@@ -176,6 +177,7 @@ class Coordinator:
             max_tokens=_max_tokens(request, leases),
             end_tokens=description.end_tokens,
             writer=TextWriter(tokenizer, base.prompt_tokens, request.stop),
+            spelled=spelled,
         )
         if resume is not None:
             sequence.resume(resume)
@@ -189,10 +191,13 @@ class Coordinator:
             base.lost.add_done_callback(lambda _: self._lanes.pop(base, None))
         return lane
 
-    def _learn(self, lease: Lease) -> tuple[BaseDescription, Tokenizer]:
-        """The base's end tokens and tokenizer, which come with the first lease on it."""
-        if lease.description is not None and lease.fingerprint not in self._bases:
-            self._bases[lease.fingerprint] = lease.description, Tokenizer.from_str(lease.description.tokenizer)
+    def _learn(self, lease: Lease) -> tuple[BaseDescription, Tokenizer, Spelled]:
+        """The base's end tokens, tokenizer and tokens, which come with the first lease on it."""
+        description = lease.description
+        if description is not None and lease.fingerprint not in self._bases:
+            tokenizer = Tokenizer.from_str(description.tokenizer)
+            spelled = Spelled({*tokenizer.get_vocab().values(), *description.end_tokens})
+            self._bases[lease.fingerprint] = description, tokenizer, spelled
         return self._bases[lease.fingerprint]
 
     async def close(self) -> None:

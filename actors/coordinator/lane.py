@@ -218,9 +218,15 @@ class Lane:
 def merge_and_draw(sequences: Sequence[LiveSequence]) -> list[int | None]:
     """Return the next token of each sequence, from the rows of all its voices; None where they hold NaN or no best."""
     logits = logits_by_voice(voice for sequence in sequences for voice in sequence.voices)
+    rows, guidance = [], []
+    for sequence in sequences:
+        row = logits[sequence.voices[0]]
+        guides = [Guidance(voice.weight, logits[voice]) for voice in sequence.voices[1:]]
+        rows.append(sequence.spelled.cut(row) if sequence.spelled else row)
+        guidance.append([*guides, *sequence.spelled.guidance()] if sequence.spelled else guides)
     return drawing.merge_and_draw(
-        [logits[sequence.voices[0]] for sequence in sequences],
-        [[Guidance(voice.weight, logits[voice]) for voice in sequence.voices[1:]] for sequence in sequences],
+        rows,
+        guidance,
         [sequence.sampling for sequence in sequences],
         [len(sequence.output) for sequence in sequences],
         [0] * len(sequences),

@@ -13,7 +13,7 @@ from torch import Tensor
 from actors.coordinator.sequence import Voice
 from actors.guidance.output import OutputFunction
 from actors.leases import Lease
-from cluster.errors import ReplicaLost
+from cluster.errors import ReplicaLost, in_brief
 
 FETCH_TIMEOUT_S = 60.0
 
@@ -52,7 +52,7 @@ def _fetch(lease: Lease) -> OutputFunction:
     try:
         function: OutputFunction = ray.get(lease.output, timeout=FETCH_TIMEOUT_S)
     except RayError as error:
-        raise ReplicaLost(f"the output function of {lease.replica} cannot be had: {error}") from error
+        raise ReplicaLost(f"the output function of {lease.replica} cannot be had: {in_brief(error)}") from error
     logger.info("fetched the output function of %s", lease.replica)
     return function
 

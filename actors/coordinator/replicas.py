@@ -17,7 +17,7 @@ from actors.coordinator.sequence import Seat
 from actors.leases import Lease, LeaseRequest, Refusal
 from actors.prompts import Prompt
 from actors.settings import NO_GUIDANCE
-from cluster.errors import InvalidRequest, ReplicaLost
+from cluster.errors import InvalidRequest, ReplicaLost, in_brief
 from cluster.exchange import StepStream, Transport
 from cluster.tls import Tls
 
@@ -83,7 +83,7 @@ class Replicas:
         try:
             call = model_handle(name).options(stream=True).lease.remote(request)
         except RayServeException as error:
-            raise ReplicaLost(f"{name} is not being served: {error}") from error
+            raise ReplicaLost(f"{name} is not being served: {in_brief(error)}") from error
         try:
             grant = await self._first(name, call)
             stream = await self._stream(grant)
@@ -114,7 +114,7 @@ class Replicas:
         try:
             grant: Lease | Refusal = await anext(call)
         except (RayError, RayServeException, StopAsyncIteration) as error:
-            raise ReplicaLost(f"no replica of {name} can be had: {error}") from error
+            raise ReplicaLost(f"no replica of {name} can be had: {in_brief(error)}") from error
         if isinstance(grant, Refusal):
             raise InvalidRequest(f"{grant.message} ({name})" if name != NO_GUIDANCE else grant.message, grant.field)
         return grant

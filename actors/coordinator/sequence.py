@@ -11,6 +11,7 @@ from actors.api import FinishReason as FinishReason
 from actors.api import Piece as Piece
 from actors.api import Resume, Sampling, Usage
 from actors.coordinator.text import TextWriter
+from actors.guidance import Spelled
 from actors.guidance.output import OutputFunction
 from cluster.errors import ReplicaLost, TrimtabError
 from cluster.exchange import Rows, Work
@@ -92,6 +93,9 @@ class LiveSequence:
     max_tokens: int
     end_tokens: Collection[int]
     writer: TextWriter
+    spelled: Spelled | None = None
+    """The base's tokens; without them every column of its logits may be drawn."""
+
     on_loss: Callable[[Voice, TrimtabError], None] | None = None
     """Finds a voice that has lost its replica another seat; without it the sequence fails."""
 

@@ -13,7 +13,7 @@ Imports torch and nothing of Ray. Method: GenARM (arXiv 2410.08193), equation fo
 """
 
 from actors.api import Sampling
-from actors.guidance.merge import Guidance, merge
+from actors.guidance.merge import Guidance, Spelled, merge
 from actors.guidance.vocabulary import Vocabulary, check_vocabulary
 
-__all__ = ["Guidance", "Sampling", "Vocabulary", "check_vocabulary", "merge"]
+__all__ = ["Guidance", "Sampling", "Spelled", "Vocabulary", "check_vocabulary", "merge"]

@@ -3,7 +3,7 @@
 Shapes: B rows, V the base's vocabulary, U a guide's vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,26 @@ class Guidance(NamedTuple):
 
     logits: Tensor
     """The guide's next-token logits [U], over the common tokens or more."""
+
+
+class Spelled:
+    """The tokens that a vocabulary holds: models have columns for others, which are never to be drawn."""
+
+    def __init__(self, tokens: Collection[int]) -> None:
+        """Take the ids of all tokens, at least one."""
+        self._num_columns = max(tokens) + 1
+        self._gaps: Tensor | None = None
+        if len(set(tokens)) < self._num_columns:
+            self._gaps = torch.full((self._num_columns,), -torch.inf)
+            self._gaps[torch.tensor(sorted(set(tokens)))] = 0.0
+
+    def cut(self, row_V: Tensor) -> Tensor:
+        """Return a view of a row that ends with the last token."""
+        return row_V[: self._num_columns]
+
+    def guidance(self) -> list[Guidance]:
+        """Return what forbids the columns between tokens, to be summed after the guides; nothing if there are none."""
+        return [] if self._gaps is None else [Guidance(1.0, self._gaps)]
 
 
 def merge(base: Sequence[Tensor], guidance: Sequence[Sequence[Guidance]]) -> Tensor:

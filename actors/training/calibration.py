@@ -13,7 +13,7 @@ import torch
 
 from actors.calibration import Point
 from actors.training.repetition import distinct_2, longest_repeat
-from actors.training.sampling import draw_answers
+from actors.training.sampling import decode_answer, draw_answers
 
 WEIGHTS_UNDER_BASE = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Looked at for a guide that was trained under its base, and so for weight 1."""
@@ -64,12 +64,13 @@ def observe(
         generator=torch.Generator().manual_seed(seed),
         temperature=temperature,
         top_p=top_p,
+        tokens={*tokenizer.get_vocab().values(), *end_tokens},
     )
     return [
         Observed(
             weight=weight,
             prompt=number,
-            text=tokenizer.decode(answer.tokens, skip_special_tokens=True),
+            text=decode_answer(tokenizer, prompts[number], answer.tokens, end_tokens),
             num_tokens=len(answer.tokens),
             has_ended=answer.tokens[-1] in end_tokens,
             divergence=answer.divergence,

@@ -3,8 +3,9 @@
 A format is a line of a table. Knows rows as JSON objects; neither where they come from nor what is made of them.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import NoneType
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ Row = Mapping[str, Any]
 RankedBy = Literal["helpful", "harmless"]
 
 ROLES = ("system", "user", "assistant", "tool")
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _IS_CUT = {"stop": False, "length": True}
 _TYPE_NAMES = {str: "a text", list: "a list", dict: "an object", NoneType: "nothing"}
 
@@ -57,6 +60,9 @@ class Format:
     ranked_by: Mapping[RankedBy, str] = field(default_factory=dict)
     """By objective, the column that says which of two responses is the better one; none if their order does."""
 
+    marked_by: re.Pattern[str] | None = None
+    """What one or more of its texts hold; none if columns alone make the format."""
+
     def check(self, row: Row) -> None:
         """Raise UnusableRow if a column has a type that this format does not take."""
         for column, types in self.columns.items():
@@ -78,6 +84,9 @@ class Format:
 
     def is_meant_by(self, row: Row) -> bool:
         """Whether all columns are there, and one or more of them hold what they should."""
+        texts = [row[column] for column in self.columns if isinstance(row.get(column), str)]
+        if self.marked_by is not None and not any(map(self.marked_by.search, texts)):
+            return False
         names = {*row, "prompt"} if "messages" in row else row
         return all(column in names or NoneType in types for column, types in self.columns.items()) and any(
             row.get(column) is not None and isinstance(row[column], types) for column, types in self.columns.items()
@@ -124,12 +133,46 @@ def _type_name(kind: type) -> str:
 
 def _read_sides(row: Row) -> Answered:
     """`chosen` and `rejected` are replies to `prompt`, as texts or as one message each."""
-    return Answered(prompt=_prompt(row["prompt"]), responses=[_reply(row, side) for side in ("chosen", "rejected")])
+    return _without_repetition(_prompt(row["prompt"]), [_reply(row, side) for side in ("chosen", "rejected")])
+
+
+def _without_repetition(prompt: str | Messages, responses: list[Response]) -> Answered:
+    """Responses that all begin with a text prompt are whole texts: what follows the prompt is the response."""
+    for repeated in (prompt, prompt.strip()) if isinstance(prompt, str) else ():
+        if all(response.text.startswith(repeated) for response in responses):
+            rests = [response.text.removeprefix(repeated) for response in responses]
+            if not all(map(str.strip, rests)):
+                raise UnusableRow("empty response", f"a response is the prompt alone, {shorten(repeated)}")
+            responses = [replace(response, text=rest) for response, rest in zip(responses, rests, strict=True)]
+            return Answered(prompt=repeated, responses=responses)
+    return Answered(prompt=prompt, responses=responses)
 
 
 def _read_conversations(row: Row) -> Answered:
     """`chosen` and `rejected` are conversations that share all but their last message."""
-    chosen, rejected = (_split(_messages(row[side], side), side) for side in ("chosen", "rejected"))
+    return _diverging(row, _messages(row["chosen"], "chosen"), _messages(row["rejected"], "rejected"))
+
+
+def _read_transcripts(row: Row) -> Answered:
+    """`chosen` and `rejected` are conversations as texts in which Human: and Assistant: begin the turns."""
+    return _diverging(row, _transcript(row["chosen"], "chosen"), _transcript(row["rejected"], "rejected"))
+
+
+def _transcript(text: str, column: str) -> Messages:
+    _check_text(text, column)
+    before, *parts = _SPEAKER.split(text)
+    if before.strip() or not parts:
+        raise UnusableRow(
+            "no prompt",
+            f"{column} is {shorten(text)}; without a prompt it must be a conversation, its turns after blank lines and "
+            "begun with 'Human:' or 'Assistant:'",
+        )
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": _SPEAKERS[speaker], "content": content.strip()} for speaker, content in turns]
+
+
+def _diverging(row: Row, first: Messages, second: Messages) -> Answered:
+    chosen, rejected = _split(first, "chosen"), _split(second, "rejected")
     if chosen[0] != rejected[0]:
         raise UnusableRow(
             "prompts that differ", f"chosen goes on from {shorten(chosen[0])}, rejected from {shorten(rejected[0])}"
@@ -140,7 +183,7 @@ def _read_conversations(row: Row) -> Answered:
 
 def _read_two_responses(row: Row) -> Answered:
     responses = [_response(row, column, row[column]) for column in ("response_0", "response_1")]
-    return Answered(prompt=_prompt(row["prompt"]), responses=responses)
+    return _without_repetition(_prompt(row["prompt"]), responses)
 
 
 def _read_response(row: Row) -> Answered:
@@ -236,7 +279,7 @@ def _check_text(text: str, column: str) -> None:
 
 PAIR_FORMATS = (
     Format(
-        description="prompt, chosen, rejected: texts",
+        description="prompt, chosen, rejected: texts; both responses may repeat the prompt",
         columns={"prompt": (str,), "chosen": (str,), "rejected": (str,)},
         read=_read_sides,
     ),
@@ -244,6 +287,12 @@ PAIR_FORMATS = (
         description="chosen, rejected: whole conversations as message lists",
         columns={"prompt": (str, NoneType), "chosen": (list,), "rejected": (list,)},
         read=_read_conversations,
+    ),
+    Format(
+        description="chosen, rejected: whole conversations as texts, with Human: and Assistant: after blank lines",
+        columns={"prompt": (NoneType,), "chosen": (str,), "rejected": (str,)},
+        read=_read_transcripts,
+        marked_by=_SPEAKER,
     ),
     Format(
         description="prompt or messages: a message list that ends with the question; chosen, rejected: the replies",

@@ -4,6 +4,7 @@ it learns after that kept apart as an adapter.
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,15 @@ from cluster.errors import InvalidConfiguration
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAP_WEIGHTS = "map.safetensors"
+
+PROBE = (1, 2, 3, 4, 5, 6, 7, 8)
+"""Tokens by which a cut is compared with the model's own layers."""
+
+TOLERANCE = 1e-3
+"""Of the logits, relative to the largest: both run the same operations."""
+
+_OF_TOKENS = re.compile(r"token|_ids$")
+_NUMBERS_LAYER = re.compile(r"^_|(^|_)(idx|id|index|number)$|^training$")
 
 
 def choose_layers(num_layers: int, num_kept: int) -> tuple[int, ...]:
@@ -36,39 +46,106 @@ def choose_layers(num_layers: int, num_kept: int) -> tuple[int, ...]:
 def cut_layers(model: Any, kept: Sequence[int]) -> Any:
     """Return a new model of the same class that has only the layers `kept`, in that order.
 
+    What its configuration says of every layer is cut with them, and the cut is compared with the model's own layers.
+
     Args:
         model: A transformers causal language model whose layers are one `ModuleList`.
         kept: Indices of its layers.
 
     Raises:
-        InvalidConfiguration: the model has no such list of layers, or an index is outside it.
+        InvalidConfiguration: the model has no such list of layers, an index is outside it, or layers compute something
+            else under another number and no configuration says otherwise.
     """
+    name, layers = _layer_list(model)
+    if not kept or not all(0 <= layer < len(layers) for layer in kept):
+        raise InvalidConfiguration(f"layers {list(kept)} cannot be kept: the model has layers 0 to {len(layers) - 1}")
     config = copy.deepcopy(model.config)
-    num_layers = config.num_hidden_layers
-    if not kept or not all(0 <= layer < num_layers for layer in kept):
-        raise InvalidConfiguration(f"layers {list(kept)} cannot be kept: the model has layers 0 to {num_layers - 1}")
-    prefix = _layer_list(model)
-    config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in kept]
-    small = type(model)(config).to(model.dtype)
+    changes = _cut_settings(config.get_text_config(decoder=True), kept)
+    for setting, value in changes.items():
+        setattr(config.get_text_config(decoder=True), setting, value)
     weights = model.state_dict()
-    taken = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+    taken = {key: value for key, value in weights.items() if not key.startswith(f"{name}.")}
     for new, old in enumerate(kept):
-        start = f"{prefix}{old}."
-        taken |= {
-            f"{prefix}{new}.{name.removeprefix(start)}": v for name, v in weights.items() if name.startswith(start)
-        }
-    small.load_state_dict(taken)
+        start = f"{name}.{old}."
+        taken |= {f"{name}.{new}.{key.removeprefix(start)}": v for key, v in weights.items() if key.startswith(start)}
+    try:
+        # As it will be loaded: some configurations make one setting out of another.
+        config = type(config).from_dict(
+            json.loads(config.to_json_string()), attn_implementation=model.config._attn_implementation
+        )
+        # Not `to(dtype)`, which rounds rotary frequencies too.
+        small: Any = type(model)._from_config(config, dtype=model.dtype)
+        small.load_state_dict({key: value.clone() for key, value in taken.items()}, assign=True)
+    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+        raise _uncuttable(model, kept, f"they do not fit its configuration any more: {error}") from error
+    small.tie_weights()
     small.generation_config = copy.deepcopy(model.generation_config)
-    return small.eval()
+    small.eval()
+    _compare(model, small, name, kept, changes)
+    return small
 
 
-def _layer_list(model: Any) -> str:
+def _layer_list(model: Any) -> tuple[str, nn.ModuleList]:
+    num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
-            return f"{name}."
-    raise InvalidConfiguration(f"{type(model).__name__} has no list of {model.config.num_hidden_layers} layers to cut")
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return name, module
+    raise InvalidConfiguration(f"{type(model).__name__} has no list of {num_layers} layers to cut")
+
+
+def _cut_settings(config: Any, kept: Sequence[int]) -> dict[str, Any]:
+    """The settings of a configuration that speak of each layer, for those that are kept."""
+    num_layers = config.num_hidden_layers
+    changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    for name, value in vars(config).items():
+        is_of_layers = isinstance(value, (list, tuple)) and len(value) == num_layers and not _OF_TOKENS.search(name)
+        if is_of_layers and name != "architectures":
+            changes[name] = type(value)(value[layer] for layer in kept)
+    return changes
+
+
+def _compare(model: Any, small: Any, name: str, kept: Sequence[int], changes: dict[str, Any]) -> None:
+    """Refuse a cut that computes something else than the model's layers do, one after the other.
+
+    Settings are compared beside logits: a window, for one, shows in long texts alone.
+    """
+    layers = model.get_submodule(name)
+    for new, old in enumerate(kept):
+        mine = dict(small.get_submodule(f"{name}.{new}").named_modules())
+        for path, module in layers[old].named_modules():
+            for setting, value in vars(module).items():
+                is_comparable = isinstance(value, (bool, int, float, str)) and not _NUMBERS_LAYER.search(setting)
+                if is_comparable and getattr(mine[path], setting, None) != value:
+                    raise _uncuttable(
+                        model,
+                        kept,
+                        f"{setting} of layer {old}, {value!r}, would be {getattr(mine[path], setting, None)!r}",
+                    )
+    config = model.config.get_text_config(decoder=True)
+    before = {setting: getattr(config, setting) for setting in changes}
+    tokens = torch.tensor([PROBE], device=model.device) % config.vocab_size
+    parent, _, last = name.rpartition(".")
+    try:
+        for setting, value in changes.items():
+            setattr(config, setting, value)
+        setattr(model.get_submodule(parent), last, nn.ModuleList(layers[layer] for layer in kept))
+        with torch.no_grad():
+            wanted, found = (each(input_ids=tokens, use_cache=False).logits.float() for each in (model, small))
+    finally:
+        setattr(model.get_submodule(parent), last, layers)
+        for setting, value in before.items():
+            setattr(config, setting, value)
+    difference = ((wanted - found).abs().max() / wanted.abs().max()).item()
+    # NaN is a difference too.
+    if not difference <= TOLERANCE:
+        raise _uncuttable(model, kept, f"their logits would be off by {difference:.1%}")
+
+
+def _uncuttable(model: Any, kept: Sequence[int], reason: str) -> InvalidConfiguration:
+    return InvalidConfiguration(
+        f"layers {list(kept)} of {type(model).__name__} cannot be kept: what a layer computes depends on its number, "
+        f"and {reason}. Keep the first layers alone (0 to some layer), or derive from another model."
+    )
 
 
 class OutputMap(nn.Module):

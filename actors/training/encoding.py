@@ -6,15 +6,18 @@ Knows tokenizers; not where texts come from, nor what is done with the tokens.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.prompts import Prompt, PromptEncoder
+from actors.prompts import Message, Prompt, PromptEncoder
 from actors.training.data import Messages, Pair, Response, Text
 from cluster.errors import InvalidConfiguration, InvalidRequest
 
 Tokens = list[int]
+
+NUM_CONTEXT_TOKENS = 8
+"""Prompt tokens that a response is decoded after: some decoders drop the space at the beginning of a text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +29,9 @@ class TokenLimits:
 
     max_response: int | None = None
     """Longer responses are cut to this length, and then lack their end token."""
+
+    max_positions: int | None = None
+    """Of the models that see an example: what is longer, prompt and response together, is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,39 +70,64 @@ class Report:
     changed: Counter[str] = field(default_factory=Counter)
     """How many were left out or cut, by reason."""
 
+    first_refusal: str = ""
+    """Why the first row that cannot be used was left out."""
+
     def lines(self) -> list[str]:
         """The report, one fact a line."""
         reasons = [f"{count} {reason}" for reason, count in sorted(self.changed.items())]
-        return [f"{self.num_examples} examples, {self.num_response_tokens} response tokens", *reasons]
+        refusal = [f"the first of those refused: {self.first_refusal}"] if self.first_refusal else []
+        return [f"{self.num_examples} examples, {self.num_response_tokens} response tokens", *reasons, *refusal]
 
 
 class ResponseEncoder:
     """Encodes prompts and responses for one model."""
 
-    def __init__(self, tokenizer: Any, limits: TokenLimits) -> None:
-        """Take a model's tokenizer, which must name its end token.
+    def __init__(
+        self,
+        tokenizer: Any,
+        limits: TokenLimits,
+        end_tokens: Collection[int] = (),
+        *,
+        skip_bad_rows: bool = False,
+    ) -> None:
+        """Take a model's tokenizer.
+
+        Args:
+            tokenizer: Of the model.
+            limits: What fits.
+            end_tokens: All that end a text, as `actors.vocabularies.end_tokens` has them. The tokenizer's own is one.
+            skip_bad_rows: Count rows that cannot be used, instead of stopping at the first.
 
         Raises:
-            InvalidConfiguration: it does not.
+            InvalidConfiguration: there is no end token.
         """
-        if tokenizer.eos_token_id is None:
+        self._end_tokens = {*end_tokens} | ({tokenizer.eos_token_id} - {None})
+        if not self._end_tokens:
             raise InvalidConfiguration(
                 f"model: the tokenizer of {tokenizer.name_or_path!r} names no end token (eos_token); set it"
             )
         self._tokenizer = tokenizer
         self._prompts = PromptEncoder(tokenizer)
         self._limits = limits
-        self._end_token: int = tokenizer.eos_token_id
+        self._skip_bad_rows = skip_bad_rows
+        # What ends a response whose template ends it with nothing.
+        self._end_token: int = min(self._end_tokens) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.report = Report()
 
     def pairs(self, pairs: Iterable[Pair]) -> list[EncodedPair]:
-        """Encode preferences; those that the limits leave nothing of are counted in `report`."""
+        """Encode preferences; those that are left out are counted in `report`.
+
+        Raises:
+            InvalidConfiguration: the chat template refuses a conversation, or an example has more tokens than the model
+                has positions, and bad rows are not to be skipped.
+        """
         encoded = []
         for pair in pairs:
-            prompt = self._prompt(pair.prompt, pair.row)
-            if prompt is None:
+            sides = self._encoded(pair.row, pair.prompt, pair.chosen, pair.rejected)
+            if sides is None:
                 continue
-            chosen, rejected = (self._response(pair.prompt, side) for side in (pair.chosen, pair.rejected))
+            prompt, (chosen, rejected) = sides
             if chosen == rejected:
                 self.report.changed["left out: both responses are the same tokens"] += 1
                 continue
@@ -105,55 +136,116 @@ class ResponseEncoder:
         return encoded
 
     def texts(self, texts: Iterable[Text]) -> list[EncodedText]:
-        """Encode single responses; those that the limits leave nothing of are counted in `report`."""
+        """Encode single responses; those that are left out are counted in `report`.
+
+        Raises:
+            InvalidConfiguration: the chat template refuses a conversation, or an example has more tokens than the model
+                has positions, and bad rows are not to be skipped.
+        """
         encoded = []
         for text in texts:
-            prompt = self._prompt(text.prompt, text.row)
-            if prompt is not None:
-                encoded.append(EncodedText(prompt, self._response(text.prompt, text.response)))
-                self._count(encoded[-1].response)
+            if (found := self._encoded(text.row, text.prompt, text.response)) is not None:
+                prompt, (response,) = found
+                encoded.append(EncodedText(prompt, response))
+                self._count(response)
         return encoded
 
     def _count(self, *responses: Tokens) -> None:
         self.report.num_examples += 1
         self.report.num_response_tokens += sum(len(response) for response in responses)
 
-    def _prompt(self, prompt: str | Messages, row: int) -> Tokens | None:
+    def _encoded(
+        self, row: int, prompt: str | Messages, *responses: Response
+    ) -> tuple[Tokens, tuple[Tokens, ...]] | None:
+        """A row's prompt and responses; none, and a count, if it is left out."""
+        limit = self._limits.max_prompt
         try:
             tokens = self._prompts.encode(_as_prompt(prompt))
+            if limit is not None and len(tokens) > limit:
+                self.report.changed[f"left out: prompts of more than {limit} tokens"] += 1
+                return None
+            encoded = tuple(self._response(prompt, tokens, response) for response in responses)
         except InvalidRequest as error:
-            raise InvalidConfiguration(f"row {row}: {error}") from error
-        limit = self._limits.max_prompt
-        if limit is not None and len(tokens) > limit:
-            self.report.changed[f"left out: prompts of more than {limit} tokens"] += 1
+            self._refuse(row, error.message, "conversations that the chat template refuses")
             return None
-        return tokens
+        longest, positions = len(tokens) + max(map(len, encoded)), self._limits.max_positions
+        if positions is not None and longest > positions:
+            self._refuse(
+                row,
+                f"{longest} tokens, prompt and response together, are more than the {positions} positions of the "
+                "model; cut responses with --max-response-tokens, leave long prompts out with --max-prompt-tokens",
+                f"examples of more than {positions} tokens, the model's positions",
+            )
+            return None
+        return tokens, encoded
 
-    def _response(self, prompt: str | Messages, response: Response) -> Tokens:
-        if response.is_cut or isinstance(prompt, str):
-            tokens = self._encode(response.text)
-        else:
-            tokens = self._encode(self._turn(prompt, response.text))
-        if not response.is_cut and self._end_token not in tokens:
+    def _refuse(self, row: int, told: str, reason: str) -> None:
+        """Count a row that cannot be used.
+
+        Raises:
+            InvalidConfiguration: bad rows are not to be skipped.
+        """
+        if not self._skip_bad_rows:
+            raise InvalidConfiguration(f"row {row}: {told}, or leave such rows out with --skip-bad-rows")
+        self.report.changed[f"left out: {reason}"] += 1
+        self.report.first_refusal = self.report.first_refusal or f"row {row}: {told}"
+
+    def _response(self, prompt: str | Messages, prompt_tokens: Tokens, response: Response) -> Tokens:
+        before = self._prompts.text_of(_as_prompt(prompt))
+        after = self._turn(prompt, before, response) if isinstance(prompt, list) else response.text
+        tokens = self._following(prompt_tokens, before, after, is_rendered=isinstance(prompt, list))
+        if not response.is_cut and self._end_tokens.isdisjoint(tokens):
             tokens.append(self._end_token)
-        if self._end_token in tokens:
-            # What a template puts after the end of a turn is never generated.
-            tokens = tokens[: tokens.index(self._end_token) + 1]
+        end = next((i for i, token in enumerate(tokens) if token in self._end_tokens), len(tokens))
+        # What a template puts after the end of a turn is never generated.
+        tokens = tokens[: end + 1]
         limit = self._limits.max_response
         if limit is not None and len(tokens) > limit:
             self.report.changed[f"cut: responses of more than {limit} tokens"] += 1
             tokens = tokens[:limit]
         return tokens
 
-    def _turn(self, messages: Messages, response: str) -> str:
-        """The response as the template writes it after the prompt; as it is where a template rewrites the prompt."""
-        render: Callable[..., str] = self._tokenizer.apply_chat_template
-        before = render(messages, add_generation_prompt=True, tokenize=False)
-        whole = render([*messages, {"role": "assistant", "content": response}], tokenize=False)
-        return whole.removeprefix(before) if whole.startswith(before) else response
+    def _turn(self, messages: Messages, before: str, response: Response) -> str:
+        """The response as the template writes it after the prompt; as it is where a template rewrites prompt or answer.
+
+        A model writes the space between a prompt and its answer itself: the template adds it where the answer lacks it.
+        """
+        text = response.text
+        answered: list[Message] = [*messages, {"role": "assistant", "content": text}]  # type: ignore[list-item]
+        whole = self._prompts.render(answered, is_answered=True)
+        turn = whole.removeprefix(before)
+        if not whole.startswith(before) or text.strip() not in turn:
+            return text
+        lead = turn[: max(0, turn.find(text))]
+        space = lead if lead.isspace() else ""
+        if text.startswith(space):
+            turn, space = turn.removeprefix(space), ""
+        return space + text if response.is_cut else turn
+
+    def _following(self, prompt: Tokens, before: str, after: str, *, is_rendered: bool) -> Tokens:
+        """The tokens of a text that follows a prompt: what the whole text has after the prompt's own tokens.
+
+        Where a token of the whole text spans the border, those that decode to the text after the prompt's. A text
+        encoded by itself is no answer to that: many tokenizers put a space before it.
+        """
+        whole = self._prompts.tokens_of(before + after, is_rendered=is_rendered)
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+        candidates = [tokens for anchor in ("", "\n", "a") if (tokens := self._after_anchor(anchor, after)) is not None]
+        context = prompt[-NUM_CONTEXT_TOKENS:]
+        wanted = self._decode(context) + after
+        return next((tokens for tokens in candidates if self._decode([*context, *tokens]) == wanted), candidates[-1])
+
+    def _after_anchor(self, anchor: str, text: str) -> Tokens | None:
+        """A text's tokens after another text's; none if a token spans the border."""
+        first, both = self._encode(anchor), self._encode(anchor + text)
+        return both[len(first) :] if both[: len(first)] == first else None
 
     def _encode(self, text: str) -> Tokens:
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _decode(self, tokens: Tokens) -> str:
+        return str(self._tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=False))
 
 
 def _as_prompt(prompt: str | Messages) -> Prompt:

@@ -35,6 +35,9 @@ class Batch:
     targets_BT: Tensor
     """The response's tokens, `IGNORED` where there is padding."""
 
+    weights_B: Tensor
+    """What each token of a response counts in a mean over tokens, such that the mean over rows is the loss."""
+
     @property
     def num_targets_B(self) -> Tensor:
         """Tokens of each response."""
@@ -46,8 +49,12 @@ class Batch:
         return (self.mask_BL.cumsum(1) - 1).clamp(min=0)
 
 
-def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Batch:
-    """Put prompts and their responses, neither of them empty, into one batch."""
+def collate(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    weights: Sequence[float] | None = None,
+) -> Batch:
+    """Put prompts and their responses, neither of them empty, into one batch; each token counts alike by default."""
     num_prompt = max(len(prompt) for prompt in prompts)
     num_response = max(len(response) for response in responses)
     tokens_BL = torch.zeros(len(prompts), num_prompt + num_response, dtype=torch.long)
@@ -58,7 +65,13 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
         tokens_BL[row, filled] = torch.tensor([*prompt, *response])
         mask_BL[row, filled] = 1
         targets_BT[row, : len(response)] = torch.tensor(response)
-    return Batch(tokens_BL, mask_BL, targets_BT)
+    weights = weights or token_weights([len(response) for response in responses])
+    return Batch(tokens_BL, mask_BL, targets_BT, torch.tensor(weights))
+
+
+def token_weights(lengths: Sequence[int]) -> list[float]:
+    """Return `Batch.weights_B` of responses that are one batch together, of these lengths."""
+    return [len(lengths) / sum(lengths)] * len(lengths)
 
 
 def response_logits(model: Any, batch: Batch) -> Tensor:
@@ -153,21 +166,21 @@ def dpo_loss(chosen_B: Tensor, rejected_B: Tensor, reference: tuple[Tensor, Tens
     return arm_loss(chosen_B - chosen_reference_B, rejected_B - rejected_reference_B, beta=beta)
 
 
-def distillation_loss(logits_BTV: Tensor, teacher_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """KL(teacher || model) over the whole vocabulary, the mean over the responses' tokens, in nats.
+def distillation_loss(logits_BTV: Tensor, teacher_BTV: Tensor, targets_BT: Tensor, weights_B: Tensor) -> Tensor:
+    """KL(teacher || model) over the whole vocabulary, in nats: the weighted sum over a response's tokens, mean over B.
 
-    No gradient reaches the teacher.
+    With `Batch.weights_B` it is the mean over the batch's tokens. No gradient reaches the teacher.
     """
     is_target_N = targets_BT.flatten() != IGNORED
     divergence_N: Tensor = _Divergence.apply(logits_BTV.flatten(0, 1), teacher_BTV.flatten(0, 1), is_target_N)  # type: ignore[no-untyped-call]
-    return divergence_N.sum() / is_target_N.sum()
+    return (divergence_N.view(targets_BT.shape).sum(1) * weights_B).mean()
 
 
 # What follows runs over the vocabulary a few rows at a time, so that each pass finds the last one's numbers in the
 # processor's cache; plain tensor code makes half a dozen passes through memory, which took longer than the model.
 
 
-def _chunks(num_rows: int, size: int = CHUNK) -> Iterator[slice]:
+def _chunks(num_rows: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
 
 
@@ -176,7 +189,7 @@ class _TargetLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-        log_sums_N = torch.cat([logits_NV[rows].logsumexp(-1) for rows in _chunks(len(logits_NV))])
+        log_sums_N = torch.cat([logits_NV[rows].logsumexp(-1) for rows in _chunks(len(logits_NV), CHUNK)])
         is_target_N = targets_N != IGNORED
         targets_N = targets_N.clamp(min=0)
         context.save_for_backward(logits_NV, log_sums_N, targets_N, is_target_N)
@@ -187,7 +200,7 @@ class _TargetLogProbs(torch.autograd.Function):
         logits_NV, log_sums_N, targets_N, is_target_N = context.saved_tensors
         gradient_N = gradients[0] * is_target_N
         gradient_NV = torch.empty_like(logits_NV)
-        for rows in _chunks(len(logits_NV)):
+        for rows in _chunks(len(logits_NV), CHUNK):
             chunk = torch.sub(logits_NV[rows], log_sums_N[rows, None], out=gradient_NV[rows])
             chunk.exp_().mul_(-gradient_N[rows, None])
             chunk.scatter_add_(1, targets_N[rows, None], gradient_N[rows, None])
@@ -239,7 +252,7 @@ class _Divergence(torch.autograd.Function):
         divergence_N = logits_NV.new_empty(len(logits_NV))
         gradient_NV = torch.empty_like(logits_NV)
         buffers_3CV = logits_NV.new_empty(3, CHUNK, logits_NV.shape[1])
-        for rows in _chunks(len(logits_NV)):
+        for rows in _chunks(len(logits_NV), CHUNK):
             teacher, probabilities, model = buffers_3CV[:, : rows.stop - rows.start]
             torch.log_softmax(teacher_NV[rows], -1, out=teacher)
             torch.log_softmax(logits_NV[rows], -1, out=model)

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import torch
 from peft.helpers import disable_input_dtype_casting
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import AutoTokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
 
+from actors.engine.loading import load_whole
 from actors.training.base_law import BaseLaw
 from actors.training.derive import (
     add_adapter,
@@ -164,9 +165,7 @@ def build(settings: RunSettings) -> tuple[Any, Objective]:
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" and is_frozen else torch.float32
     # On processors torch's fused attention is slow backwards, and slow in bfloat16.
     attention = "eager" if settings.device == "cpu" else "sdpa"
-    whole: Any = AutoModelForCausalLM.from_pretrained(
-        settings.model, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-    ).eval()
+    whole: Any = load_whole(settings.model, dtype=dtype, attn_implementation=attention).eval()
     model = whole if settings.layers is None else cut_layers(whole, settings.layers)
     if settings.objective == "guided":
         model = silence_output(model, settings.map_rank, settings.seed)
@@ -193,11 +192,10 @@ def _objective(settings: RunSettings, whole: Any, model: Any) -> Objective:
 
 def _load_base(settings: RunSettings) -> Any:
     """The base, frozen."""
-    base: Any = AutoModelForCausalLM.from_pretrained(
-        settings.base,
+    base: Any = load_whole(
+        str(settings.base),
         dtype=torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32,
         attn_implementation="eager" if settings.device == "cpu" else "sdpa",
-        trust_remote_code=False,
     )
     return base.to(settings.device)
 
@@ -277,7 +275,7 @@ def _save(trained: Any, settings: RunSettings, output: Path) -> None:
 
 def assemble(model: str, layers: Sequence[int] | None, adapter: Path) -> Any:
     """Return a model, or a cut of it, with an adapter merged into its weights: float32, whatever it was trained in."""
-    whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+    whole: Any = load_whole(model, dtype=torch.float32)
     return merge_adapter(whole if layers is None else cut_layers(whole, layers), adapter)
 
 

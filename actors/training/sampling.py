@@ -17,6 +17,9 @@ from torch import Tensor
 NUCLEUS = 1024
 """Tokens among which a nucleus is looked for before the whole row is sorted."""
 
+NUM_CONTEXT_TOKENS = 8
+"""Prompt tokens that an answer is decoded after: some decoders drop the space at the beginning of a text."""
+
 
 @dataclass(slots=True)
 class Drawn:
@@ -42,6 +45,7 @@ def draw_answers(
     top_p: float = 1.0,
     stops: Collection[int] = (),
     min_tokens: int = 0,
+    tokens: Collection[int] | None = None,
 ) -> list[Drawn]:
     """Draw an answer for every row, all of them in one batch.
 
@@ -59,16 +63,22 @@ def draw_answers(
         top_p: In (0, 1].
         stops: Any of them cuts an answer off behind it, once it has `min_tokens`; see `sentence_ends`.
         min_tokens: See there.
+        tokens: Those that the vocabulary holds: the base's other columns are never drawn. All by default.
     """
     answers = [Drawn([], 0.0) for _ in rows]
     voices = [_Voice(model, prompts, [prompt for prompt, _ in rows]) for model in models]
     weights_RM = torch.tensor([[1.0, *weights] for _, weights in rows])
     ends, late_ends = torch.tensor(sorted(end_tokens)), torch.tensor(sorted({*end_tokens, *stops}))
+    is_unspelled_V = torch.zeros(voices[0].logits_RV.shape[1], dtype=torch.bool)
+    if tokens is not None:
+        is_unspelled_V[:] = True
+        is_unspelled_V[[token for token in tokens if token < len(is_unspelled_V)]] = False
     live = torch.arange(len(rows))
     is_over_R = torch.zeros(len(rows), dtype=torch.bool)
     for position in range(max_tokens):
-        base_RV = voices[0].logits_RV.float()
-        guided_RV = _merged([voice.logits_RV for voice in voices], weights_RM)
+        base_RV, *guides = (voice.logits_RV for voice in voices)
+        base_RV = base_RV.float().masked_fill(is_unspelled_V, -torch.inf)
+        guided_RV = _merged([base_RV, *guides], weights_RM)
         drawn_R = _draw(guided_RV, temperature, top_p, generator)
         divergence_R = _divergence(guided_RV, base_RV) if len(voices) > 1 else torch.zeros(len(live))
         for index, is_over, token, nats in zip(
@@ -173,6 +183,16 @@ def _divergence(guided_RV: Tensor, base_RV: Tensor) -> Tensor:
     return (guided_RV.exp() * (guided_RV - base_RV).nan_to_num(neginf=0.0)).sum(-1)
 
 
+def decode_answer(tokenizer: Any, prompt: Sequence[int], answer: Sequence[int], end_tokens: Collection[int]) -> str:
+    """Return an answer's text as the service writes it: what follows the prompt's, up to the end token."""
+    context = list(prompt[-NUM_CONTEXT_TOKENS:])
+    tokens = answer[:-1] if answer and answer[-1] in end_tokens else answer
+    before, whole = (
+        tokenizer.backend_tokenizer.decode(part, skip_special_tokens=True) for part in (context, [*context, *tokens])
+    )
+    return str(whole[len(before) :])
+
+
 def answer_prompts(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -187,6 +207,7 @@ def answer_prompts(
     batch: int,
     stops: Collection[int] = (),
     min_tokens: int = 0,
+    tokens: Collection[int] | None = None,
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """Yield the index of every pending prompt with its responses, `batch` prompts of about the same length at a time.
 
@@ -209,6 +230,7 @@ def answer_prompts(
             top_p=top_p,
             stops=stops,
             min_tokens=min_tokens,
+            tokens=tokens,
         )
         for number, i in enumerate(members):
             if i in pending:

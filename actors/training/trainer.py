@@ -10,6 +10,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from actors.training.objective import (
     dpo_loss,
     response_log_probs,
     response_logits,
+    token_weights,
 )
 
 Example = EncodedPair | EncodedText
@@ -124,7 +126,7 @@ class DistillationObjective:
         """Return the divergence in nats a token."""
         with torch.no_grad():
             teacher_BTV = response_logits(self._teacher, batch)
-        return distillation_loss(response_logits(model, batch), teacher_BTV, batch.targets_BT), {}
+        return distillation_loss(response_logits(model, batch), teacher_BTV, batch.targets_BT, batch.weights_B), {}
 
 
 def _pair_figures(difference_B: Tensor) -> Figures:
@@ -132,16 +134,47 @@ def _pair_figures(difference_B: Tensor) -> Figures:
     return {"accuracy": (difference_B > 0).float().mean(), "margin": difference_B.mean()}
 
 
-def collate_examples(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Return the tensors of a `Batch`; of pairs, first all chosen responses and then all rejected ones, [2 B]."""
-    prompts, responses = [], []
+@dataclass(frozen=True, slots=True)
+class WeighedText:
+    """A text with its weight in the mean over the tokens of a step."""
+
+    text: EncodedText
+    weight: float
+
+
+def weigh(examples: Sequence[Example], batch_size: int) -> list[EncodedPair | WeighedText]:
+    """Give every text the weight of its tokens in its step's mean, `batch_size` examples a step.
+
+    A step's loss is then the same however it is shared out into micro-batches of one size: a mean of their own means
+    would count the tokens of short responses for more.
+    """
+    weighed: list[EncodedPair | WeighedText] = []
+    for start in range(0, len(examples), batch_size):
+        step = examples[start : start + batch_size]
+        weights = token_weights([len(text.response) for text in step if isinstance(text, EncodedText)] or [1])
+        weighed += [WeighedText(each, weights[0]) if isinstance(each, EncodedText) else each for each in step]
+    return weighed
+
+
+def collate_examples(examples: Sequence[Example | WeighedText]) -> dict[str, Tensor]:
+    """Return the tensors of a `Batch`; of pairs, first all chosen responses and then all rejected ones, [2 B].
+
+    Texts without a weight are a whole step.
+    """
+    prompts, responses, weights = [], [], []
     for side in ("chosen", "rejected"):
         pairs = [example for example in examples if isinstance(example, EncodedPair)]
         prompts += [pair.prompt for pair in pairs]
         responses += [getattr(pair, side) for pair in pairs]
-    texts = [example for example in examples if isinstance(example, EncodedText)]
-    batch = collate([*prompts, *(text.prompt for text in texts)], [*responses, *(text.response for text in texts)])
-    return {"tokens_BL": batch.tokens_BL, "mask_BL": batch.mask_BL, "targets_BT": batch.targets_BT}
+    for example in examples:
+        if isinstance(example, WeighedText):
+            weights.append(example.weight)
+        text = example.text if isinstance(example, WeighedText) else example
+        if isinstance(text, EncodedText):
+            prompts.append(text.prompt)
+            responses.append(text.response)
+    batch = collate(prompts, responses, weights)
+    return {field.name: getattr(batch, field.name) for field in fields(batch)}
 
 
 class GuideTrainer(Trainer):
@@ -158,11 +191,14 @@ class GuideTrainer(Trainer):
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=examples,
+            train_dataset=weigh(
+                examples,
+                arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+            ),
             eval_dataset=validation or None,
             data_collator=collate_examples,
         )
-        # The loss is a mean over each micro-batch: accumulated ones are to be averaged.
+        # The loss is a mean over the rows of each micro-batch: accumulated ones are to be averaged.
         self.model_accepts_loss_kwargs = False
         self._objective = objective
         self._sums: dict[str, float] = defaultdict(float)

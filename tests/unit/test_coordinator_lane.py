@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from actors.api import Piece
-from actors.coordinator.lane import Lane
+from actors.coordinator.lane import Lane, merge_and_draw
 from actors.coordinator.plan import plan_step
 from actors.coordinator.sequence import LiveSequence, Seat, Voice
 from actors.coordinator.text import TextWriter
 from actors.engine import Engine, RowKind
 from actors.engine import Work as EngineWork
-from actors.guidance import Sampling
+from actors.guidance import Sampling, Spelled
 from actors.guidance import reference as oracle
 from actors.settings import Limits
 from cluster.errors import EngineError, ReplicaLost, TrimtabError
@@ -425,3 +425,58 @@ def test_decoding_sequences_share_a_message_and_prompts_have_their_own() -> None
         (["2"], True),
     ]
     assert messages[0].parts[0].work() == Work("3", 30, [5], (0,))
+
+
+@pytest.mark.parametrize("tokens", [range(50), [*range(0, 20), *range(25, 50)], [*range(3, 50)], [*range(0, 80, 7)]])
+@pytest.mark.parametrize("weights", [(), (-0.7,), (1.0, -2.0), (0.5,)])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.0}, {"temperature": 4.0, "top_p": 0.99}, {"top_k": 70}])
+def test_a_column_without_a_token_is_never_drawn(
+    tokens: Sequence[int], weights: Sequence[float], sampling: dict[str, float]
+) -> None:
+    """Models have more columns than tokens, and what they say of the others was never trained."""
+    generator = torch.Generator().manual_seed(len(tokens))
+    live = []
+    seat = Seat(LocalReplica(BASE), "a")
+    for seed in range(60):
+        voices = [Voice(str(i), weight, seat, [1]) for i, weight in enumerate((1.0, *weights))]
+        for i, voice in enumerate(voices):
+            # A guide may be narrower than the base, and likes as little as the base what no token stands for.
+            voice.row = torch.randn(80 - 10 * i, generator=generator)
+            untrained = torch.ones(len(voice.row), dtype=torch.bool)
+            untrained[[token for token in tokens if token < len(untrained)]] = False
+            voice.row[untrained] += 3.0 if voice.weight > 0 else -8.0
+        live.append(
+            LiveSequence(
+                voices=voices,
+                sampling=Sampling(seed=seed, **sampling),  # type: ignore[arg-type]
+                max_tokens=1,
+                end_tokens={0},
+                writer=TextWriter(tiny.tokenizer(80).backend_tokenizer, []),
+                spelled=Spelled(tokens),
+            )
+        )
+    assert set(merge_and_draw(live)) <= set(tokens)
+    for sequence in live:
+        sequence.spelled = None
+    assert not set(merge_and_draw(live)) <= set(tokens)
+
+
+def test_tokens_draw_the_same_noise_beside_columns_without_one() -> None:
+    """A padded model draws what the same model without padding draws."""
+    rows = torch.randn(40, 80, generator=torch.Generator().manual_seed(0))
+    seat = Seat(LocalReplica(BASE), "a")
+    drawn = []
+    for width, spelled in ((50, None), (80, Spelled(range(50)))):
+        live = [
+            LiveSequence(
+                voices=[Voice("base", 1.0, seat, [1], row=row[:width])],
+                sampling=Sampling(seed=seed, top_p=0.9),
+                max_tokens=1,
+                end_tokens={0},
+                writer=TextWriter(tiny.tokenizer(80).backend_tokenizer, []),
+                spelled=spelled,
+            )
+            for seed, row in enumerate(rows)
+        ]
+        drawn.append(merge_and_draw(live))
+    assert drawn[0] == drawn[1]

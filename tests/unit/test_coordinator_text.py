@@ -78,22 +78,111 @@ def test_the_end_token_is_no_text(stop: Sequence[str]) -> None:
     assert "".join(write(CHARACTERS, tokens, stop)[0]) == "hi"
 
 
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As Llama 2 and Mistral have it: one token per byte where a character has none of its own."""
+    vocabulary = {"<unk>": 0, "a": 1, "▁": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+FALLBACK = byte_fallback_tokenizer()
+BYTE_LEVEL_IDS = {byte: BYTES.get_vocab()[character] for byte, character in tiny.byte_alphabet().items()}
+BYTE_KINDS: dict[str, tuple[Tokenizer, dict[int, int]]] = {
+    "byte_level": (BYTES, BYTE_LEVEL_IDS),
+    "fallback": (FALLBACK, {byte: 3 + byte for byte in range(256)}),
+}
+
+
+def tokens_of(kind: str, content: bytes) -> tuple[Tokenizer, list[int]]:
+    tokenizer, ids = BYTE_KINDS[kind]
+    return tokenizer, [ids[byte] for byte in content]
+
+
+LEADS = st.sampled_from([b"\xc3", b"\xe2\x82", b"\xf0\x9f\x98", b"\x80", b"\xff", "é".encode(), "😀".encode(), b"a"])
+
+
+@pytest.mark.parametrize("kind", BYTE_KINDS)
+@given(content=st.one_of(st.binary(max_size=40), st.lists(LEADS, max_size=20).map(b"".join)))
+def test_bytes_become_all_the_characters_that_they_hold(kind: str, content: bytes) -> None:
+    tokenizer, tokens = tokens_of(kind, content)
+    pieces, _ = write(tokenizer, tokens)
+    assert "".join(pieces) == content.decode(errors="replace")
+
+
+@pytest.mark.parametrize("kind", BYTE_KINDS)
+@pytest.mark.parametrize("num_stray", range(1, 12))
+@pytest.mark.parametrize("character", ["é", "漢", "😀"])
+def test_a_character_after_stray_bytes_is_kept(kind: str, num_stray: int, character: str) -> None:
+    tokenizer, tokens = tokens_of(kind, b"\xc3" * num_stray + character.encode() + b"a")
+    pieces, _ = write(tokenizer, tokens)
+    assert "".join(pieces) == "�" * num_stray + character + "a"
+
+
+@pytest.mark.parametrize("kind", BYTE_KINDS)
+def test_stray_bytes_do_not_hold_the_text_up(kind: str) -> None:
+    tokenizer, tokens = tokens_of(kind, b"\xc3" * 2000)
+    pieces, _ = write(tokenizer, tokens)
+    assert "".join(pieces[:-1]).count("�") >= 1990
+
+
+SPACED = ["prepended", "first", "always"]
+
+
+@pytest.mark.parametrize("kind", SPACED)
+@pytest.mark.parametrize(
+    ("prompt", "answer", "text"),
+    [
+        ("hi", ["<turn>", "▁The"], " The"),
+        ("hi", ["▁The", "<turn>", "▁The"], " The The"),
+        ("hi", ["▁The", "<turn>", "<turn>", "<s>", "▁The"], " The The"),
+        ("hi<turn>", ["▁The"], " The"),
+        ("hi<turn><turn><turn><turn><turn><turn><turn><turn><turn>", ["▁The"], " The"),
+        ("é漢😀é漢😀", ["▁The"], " The"),
+        ("hi", ["<turn>", "T", "he"], "The"),
+        ("hi", ["▁The", "<0xC3>", "<turn>", "▁The"], " The� The"),
+        ("hi", ["▁The", "<0xC3>", "<0xA9>", "▁The"], " Theé The"),
+    ],
+)
+def test_a_word_keeps_its_space_after_tokens_that_are_no_words(
+    kind: str, prompt: str, answer: list[str], text: str
+) -> None:
+    fast = tiny.spacing_tokenizer(kind)
+    writer = TextWriter(fast.backend_tokenizer, fast(prompt).input_ids)
+    assert "".join([*map(writer.append, fast.convert_tokens_to_ids(answer)), writer.finish()]) == text
+
+
+@pytest.mark.parametrize(
+    ("stop", "answer", "text", "is_stopped"),
+    [
+        (["<turn>"], ["▁The", "<turn>", "▁The"], " The", True),
+        (["<turn>"], ["<turn>", "▁The"], "", True),
+        (["he<turn>"], ["▁The", "<turn>", "▁The"], " T", True),
+        (["<turn> The"], ["▁The", "<turn>", "▁The", "A"], " The", True),
+        (["<turn>A"], ["▁The", "<turn>", "▁The", "A"], " The TheA", False),
+        (["<turn>he"], ["▁The", "<turn>"], " The", False),
+        (["A", "<turn>"], ["▁The", "A", "<turn>"], " The", True),
+        (["<s>", "<turn>"], ["▁The", "<turn>", "<s>"], " The", True),
+        # A name in letters is text, and text stops at it as at any other.
+        (["<turn>"], ["▁The", "<", "t", "u", "r", "n", ">", "A"], " The", True),
+        # Part of a special token's name is in no text.
+        (["turn"], ["▁The", "<turn>", "A"], " TheA", False),
+        (["ThA"], ["▁", "T", "h", "<turn>", "A"], " ", True),
+        ([">A"], ["▁The", "<turn>", "A"], " TheA", False),
+    ],
+)
+def test_a_stop_string_may_name_a_special_token(
+    stop: list[str], answer: list[str], text: str, is_stopped: bool
+) -> None:
+    fast = tiny.spacing_tokenizer("first")
+    writer = TextWriter(fast.backend_tokenizer, fast("hi").input_ids, stop)
+    assert "".join([*map(writer.append, fast.convert_tokens_to_ids(answer)), writer.finish()]) == text
+    assert writer.is_stopped == is_stopped
+
+
 def test_the_space_before_a_first_word_is_kept() -> None:
     words = Tokenizer(models.WordLevel({"▁hello": 0, "▁big": 1, "▁world": 2}, unk_token="▁big"))
     words.decoder = decoders.Metaspace()
     after_prompt = TextWriter(words, [0])
     assert [after_prompt.append(token) for token in (1, 2)] == [" big", " world"]
     assert after_prompt.finish() == ""
-
-
-def test_bytes_in_any_order_are_written_as_far_as_they_are_characters() -> None:
-    # As Llama 2 and Mistral have it: one token per byte where a character has none of its own.
-    vocabulary = {"<unk>": 0, "a": 1, "▁": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    e_acute = [3 + byte for byte in "é".encode()]
-    pieces, _ = write(tokenizer, [1, *e_acute, e_acute[0], 1, *e_acute, 1])
-    assert "".join(pieces).startswith("aé")
-    assert "".join(pieces).endswith("aéa")
-    only_garbage, _ = write(tokenizer, [e_acute[0]] * 30)
-    assert set("".join(only_garbage)) == {"�"}

@@ -1,5 +1,6 @@
 """An engine starts with any model that it computes rightly, and refuses every other by name."""
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from transformers.models.phi3 import Phi3Config
 from transformers.models.stablelm import StableLmConfig
 
 from actors.engine import Engine, Work
+from actors.engine.loading import load_whole
+from actors.training.run import RunSettings, build
 from cluster.errors import InvalidConfiguration
 from tests import tiny
 
@@ -77,6 +80,63 @@ def test_missing_weights_are_never_made_up(tmp_path: Path) -> None:
         Engine.load(directory, dtype=torch.float32, max_sequences=1, max_context=8)
 
 
+def add(directory: Path, **more: torch.Tensor) -> None:
+    weights = load_file(directory / "model.safetensors")
+    save_file({**weights, **more}, directory / "model.safetensors", {"format": "pt"})
+
+
+EXTRA = {
+    "score.weight": "score.weight first. Save the model again",
+    "v_head.summary.weight": "v_head.summary.weight first. Save",
+    "model.layers.0.self_attn.q_proj.bias": r"self_attn\.q_proj\.bias first. Save",
+    "model.layers.1.self_attn.q_norm.weight": r"self_attn\.q_norm\.weight first. Save",
+    "model.layers.3.mlp.up_proj.weight": r"layers\.3\.mlp\.up_proj\.weight first. Save",
+    "model.layers.0.self_attn.q_proj.lora_A.weight": "lora_A.weight first. Merge the adapter",
+    "base_model.model.model.layers.0.mlp.up_proj.lora_B.default.weight": "lora_B.default.weight first. Merge",
+    "lm_head.bias": "lm_head.bias first. Save",
+}
+
+
+@pytest.mark.parametrize(("weight", "told"), EXTRA.items())
+def test_weights_that_a_model_would_not_use_are_refused_everywhere(tmp_path: Path, weight: str, told: str) -> None:
+    directory = tiny.save(tiny.llama(), tmp_path / "model")
+    add(tmp_path / "model", **{weight: torch.ones(4)})
+    with pytest.raises(InvalidConfiguration, match=f"holds 1 weights that LlamaForCausalLM does not have, .*{told}"):
+        Engine.load(directory, dtype=torch.float32, max_sequences=1, max_context=8)
+    other = tiny.save(tiny.llama(), tmp_path / "other")
+    runs = (
+        RunSettings(model=directory),
+        RunSettings(model=directory, objective="distillation", layers=(0, 2)),
+        RunSettings(model=directory, objective="dpo", lora_rank=0),
+        RunSettings(model=other, objective="guided", base=directory),
+    )
+    for run in runs:
+        with pytest.raises(InvalidConfiguration, match=told):
+            build(run)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "buffer"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("gpt2", "transformer.h.0.attn.bias"),
+        ("gpt2", "transformer.h.1.attn.masked_bias"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.bias"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.rotary_emb.inv_freq"),
+        ("llama", "model.embeddings.position_ids"),
+    ],
+)
+def test_what_old_checkpoints_hold_and_no_model_learns_is_left_out(
+    tmp_path: Path, architecture: str, buffer: str
+) -> None:
+    model = tiny.ARCHITECTURES[architecture]()
+    directory = tiny.save(model, tmp_path)
+    add(tmp_path, **{buffer: torch.ones(4)})
+    tokens = torch.tensor([[1, 2, 3]])
+    loaded = load_whole(directory, dtype=torch.float32)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
 @pytest.mark.parametrize(
     ("file", "content"), [("model.safetensors", "damaged"), ("config.json", "{"), ("config.json", "{}")]
 )
@@ -85,6 +145,24 @@ def test_a_damaged_model_is_refused(tmp_path: Path, file: str, content: str) -> 
     (tmp_path / file).write_text(content)
     with pytest.raises(InvalidConfiguration, match=f"{directory}.* cannot be loaded"):
         Engine.load(directory, dtype=torch.float32, max_sequences=1, max_context=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "KeyError: 'su'"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "requires bitsandbytes"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+    ],
+)
+def test_whatever_a_configuration_makes_transformers_raise_is_told(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    directory = tiny.save(tiny.llama(), tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | changes))
+    with pytest.raises(InvalidConfiguration, match=f"'{directory}' cannot be loaded: .*{says}"):
+        load_whole(directory, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,47 @@ async def test_a_prompt_that_cannot_be_taken_is_refused(server: ModelServer, tex
     assert items[0].field == "prompt"
 
 
+@pytest.mark.parametrize("text", ["hello<added>", "<added>", "a<added><added>b", "<other>"])
+@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}", "{{ messages[0]['content'] }}<added>"])
+async def test_a_token_that_the_model_has_no_embedding_for_is_refused(
+    server: ModelServer, monkeypatch: pytest.MonkeyPatch, template: str | None, text: str
+) -> None:
+    fast = tiny.tokenizer(80)
+    fast.add_tokens(["<added>"])
+    fast.add_special_tokens({"additional_special_tokens": ["<other>"]})
+    monkeypatch.setattr(server, "_encoder", PromptEncoder(fast, template))
+    [item] = [item async for item in server.lease(request("c", "s", text))]
+    assert isinstance(item, Refusal)
+    assert item.field == "prompt"
+    assert "id 8" in item.message
+    assert "80 tokens" in item.message
+    if template is None:
+        # What is spelled by tokens that the model has is taken.
+        async with leased(server, "c", "s", "hello added"):
+            pass
+
+
+FAILING_TEMPLATE = (
+    "{% set s = none %}{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] %}{% endif %}"
+    "{{ 'sys ' + s }}{{ messages[-1]['content'] }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"), [(FAILING_TEMPLATE, "hi"), ("{{ messages[9].content.x }}", "hi"), (None, "\ud800")]
+)
+async def test_a_prompt_that_fails_is_refused_at_once_and_holds_nothing(
+    server: ModelServer, monkeypatch: pytest.MonkeyPatch, template: str | None, text: str
+) -> None:
+    monkeypatch.setattr(server, "_encoder", PromptEncoder(tiny.tokenizer(80), template))
+    items = [item async for item in server.lease(request("c", "s", text))]
+    assert len(items) == 1
+    assert isinstance(items[0], Refusal)
+    assert items[0].field == "prompt"
+    assert "Traceback" not in items[0].message
+    assert server._leases == {}
+
+
 async def test_work_without_a_lease_is_refused_and_its_neighbours_done(server: ModelServer) -> None:
     async with leased(server, "c", "s") as lease, attached(lease, "c") as stream:
         work = [Work("stranger", 0, (1,), (0,)), Work("s", 0, tuple(lease.prompt_tokens), (4,))]

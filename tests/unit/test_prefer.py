@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from actors.coordinator.sequence import Piece
+from actors.api import Piece
 from actors.prompts import Prompt, PromptEncoder
 from actors.settings import CHECKOUT
 from actors.training.sampling import draw_answers
@@ -115,6 +116,30 @@ def test_answers_are_those_of_the_models_own_distribution(prefer: Prefer, folder
             has_ended = answer["token_ids"][-1] == tokenizer.eos_token_id
             assert answer["finish_reason"] == ("stop" if has_ended else "length")
             assert answer["text"] == tokenizer.decode(answer["token_ids"], skip_special_tokens=True)
+
+
+def test_every_end_token_of_the_model_ends_an_answer(prefer: Prefer, folder: Path) -> None:
+    model = tiny.llama()
+    ends = list(range(0, 97, 8))
+    model.generation_config.eos_token_id = ends
+    assert prefer(model=tiny.save(model, folder / "many_ends")) == 0
+    answers = [answer for record in read(folder / "pairs.answers.jsonl") for answer in record["answers"]]
+    assert {answer["finish_reason"] for answer in answers} == {"stop", "length"}
+    for answer in answers:
+        *before, last = answer["token_ids"]
+        assert not set(before) & set(ends)
+        assert (answer["finish_reason"] == "stop") == (last in ends)
+        assert len(answer["text"]) <= len(before) + (last not in ends)
+
+
+def test_a_model_with_weights_that_it_would_not_use_is_refused(
+    prefer: Prefer, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(tiny.save(tiny.llama(), folder / "scoring"))
+    weights = load_file(path / "model.safetensors")
+    save_file({**weights, "score.weight": torch.ones(1, 32)}, path / "model.safetensors", {"format": "pt"})
+    assert prefer(model=path) == 2
+    assert "holds 1 weights that LlamaForCausalLM does not have, score.weight first" in capsys.readouterr().err
 
 
 def test_pairs_hold_the_prompt_two_answers_and_their_rewards(
@@ -343,7 +368,7 @@ def test_files_that_cannot_be_used_stop_the_start(
         ({"output": "prompts.jsonl"}, "is another file of this run"),
         ({"answers": "pairs.jsonl"}, "is another file of this run"),
         ({"model": "no"}, f"--model: there is no folder {folder / 'no'}"),
-        ({"model": "folder"}, f"--model: {folder / 'folder'} cannot be loaded"),
+        ({"model": "folder"}, f"--model: '{folder / 'folder'}' cannot be loaded"),
         ({"reward": "reward_of_test:sum"}, "sum does not exist in"),
     ]:
         assert prefer(**changes) == 2

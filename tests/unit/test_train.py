@@ -18,7 +18,7 @@ from deploy import derive, train, training
 from deploy.derive import parse_layers
 from deploy.train import split_by_prompt
 from deploy.training import Job, choose_dtype, prepare_output, progress
-from tests.tiny import llama, save
+from tests.tiny import gemma3, gpt2, llama, save, tokenizer
 
 ROWS = [{"prompt": f"prompt {i}", "chosen": "yes", "rejected": "no"} for i in range(40)]
 
@@ -36,6 +36,66 @@ def data(tmp_path: Path) -> Callable[[list[Any]], str]:
         return str(path)
 
     return write
+
+
+@pytest.mark.parametrize("role", ["--model", "--base"])
+def test_responses_end_with_every_end_token_that_serving_knows(
+    tmp_path: Path, data: Callable[[list[Any]], str], role: str
+) -> None:
+    model = llama()
+    # The character `.`, as Gemma's end of turn is beside the tokenizer's own end token.
+    dot = tokenizer().convert_tokens_to_ids(".")
+    model.generation_config.eos_token_id = [0, dot]
+    path = save(model, tmp_path / "dotted")
+    rows = [{**row, "chosen": "yes. no"} for row in ROWS]
+    options = train.parse_arguments([role, path, "--data", data(rows), "--output", "nowhere"])
+    job, _ = train.prepare(options)
+    assert {example.chosen[-1] for example in job.examples} == {dot}  # type: ignore[union-attr]
+    assert {example.rejected[-1] for example in job.examples} == {0}  # type: ignore[union-attr]
+
+
+LONG = "x" * 200
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": LONG, "chosen": "a", "rejected": "b"},
+        {"prompt": "a", "chosen": LONG, "rejected": "b"},
+        {"prompt": "a", "chosen": "b", "rejected": LONG},
+        {"prompt": [{"role": "user", "content": "a" * 60}], "chosen": "b" * 60, "rejected": "c"},
+    ],
+)
+@pytest.mark.parametrize("build", [llama, gpt2, gemma3])
+def test_examples_beyond_the_models_positions_are_refused_before_anything_starts(
+    tmp_path: Path, data: Callable[[list[Any]], str], build: Any, row: dict[str, Any]
+) -> None:
+    path = save(build(), tmp_path / "short")
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else [{"role": "user", "content": "a"}]
+    rows = data([{"prompt": prompt[:1], "chosen": "yes", "rejected": "no"}] * 20 + [row])
+    jobs: tuple[Callable[..., Job], ...] = (
+        lambda *more: train.prepare(options_of(path, rows, "--validation-share", "0", *more))[0],
+        lambda *more: derive.prepare(
+            derive.parse_arguments(["--model", path, "--keep", "1", "--data", rows, "--output", "x", *more])
+        ),
+    )
+    for prepare in jobs:
+        with pytest.raises(InvalidConfiguration, match=r"row 21: \d+ tokens.* 128 positions.*--max-response-tokens"):
+            prepare()
+        job = prepare("--skip-bad-rows")
+        assert max(example.length for example in job.examples) <= 128
+        assert "left out: examples of more than 128 tokens, the model's positions" in "\n".join(job.data)
+        assert prepare("--max-prompt-tokens", "80", "--max-response-tokens", "20").examples
+
+
+def test_the_bases_positions_count_too(tmp_path: Path, data: Callable[[list[Any]], str]) -> None:
+    guide, base = (
+        save(llama(max_position_embeddings=limit), tmp_path / name) for name, limit in (("guide", 512), ("base", 64))
+    )
+    rows = data([*ROWS, {"prompt": "x" * 80, "chosen": "a", "rejected": "b"}])
+    train.prepare(options_of(guide, rows))
+    with pytest.raises(InvalidConfiguration, match=r"row 41: 82 tokens.* 64 positions"):
+        train.prepare(options_of(guide, rows, "--base", base))
 
 
 def options_of(model: str, data: str, *more: str) -> Any:

@@ -41,6 +41,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "rows.jsonl"
 
 
+TALK = [{"role": "user", "content": "Hi\nthere"}, {"role": "assistant", "content": "Hello: Human"}, *ASKED]
+TALK_TEXT = "\n\nHuman: Hi\nthere\n\nAssistant: Hello: Human\n\nHuman: Why?\n\nAssistant:"
 WHOLE = {"chosen": [*ASKED, *said("Because.")], "rejected": [*ASKED, *said("No.")]}
 BINARISED = {**WHOLE, "prompt": "Why?", "messages": [*ASKED, *said("Because.")], "score_chosen": 9.0}
 PAIR_ROWS = [
@@ -51,6 +53,22 @@ PAIR_ROWS = [
     pytest.param({"prompt": ASKED, "chosen": said("Because."), "rejected": said("No.")}, ASKED, id="reply-messages"),
     pytest.param({**TEXTS, "prompt": [SYSTEM, *ASKED]}, [SYSTEM, *ASKED], id="reply-texts"),
     pytest.param({"messages": ASKED, "chosen": "Because.", "rejected": "No."}, ASKED, id="messages-as-prompt"),
+    pytest.param({**TEXTS, "chosen": "Why?Because.", "rejected": "Why?No."}, "Why?", id="texts-with-their-prompt"),
+    pytest.param(
+        {"prompt": " Why?\n", "chosen": "Why?Because.", "rejected": "Why?No."},
+        "Why?",
+        id="texts-with-their-stripped-prompt",
+    ),
+    pytest.param(
+        {"chosen": "\n\nHuman: Why?\n\nAssistant: Because.", "rejected": "\n\nHuman: Why?\n\nAssistant: No."},
+        ASKED,
+        id="transcripts",
+    ),
+    pytest.param(
+        {"chosen": f"{TALK_TEXT} Because.\n", "rejected": f"{TALK_TEXT.strip()} No.", "prompt": None},
+        TALK,
+        id="long-transcripts",
+    ),
 ]
 
 
@@ -78,6 +96,24 @@ def test_an_objective_ranks_the_responses(path: Path, objective: Any, chosen: st
     (pair,) = read_pairs(write(path, [RANKED]), objective=objective).pairs
     assert pair.chosen.text == chosen
     assert {pair.chosen.text, pair.rejected.text} == {"Because.", "No."}
+
+
+def test_ranked_responses_may_repeat_the_prompt(path: Path) -> None:
+    row = {**RANKED, "response_0": "Why? No.", "response_1": "Why? Because."}
+    (pair,) = read_pairs(write(path, [row]), objective="helpful").pairs
+    assert (pair.prompt, pair.chosen.text, pair.rejected.text) == ("Why?", " Because.", " No.")
+
+
+@pytest.mark.parametrize("sides", [("Why? Because.", "No."), ("No.", "Why? Because."), ("Because. Why?", "No. Why?")])
+def test_a_response_that_alone_begins_with_the_prompt_keeps_it(path: Path, sides: tuple[str, str]) -> None:
+    (pair,) = read_pairs(write(path, [{**TEXTS, "chosen": sides[0], "rejected": sides[1]}])).pairs
+    assert (pair.prompt, pair.chosen.text, pair.rejected.text) == ("Why?", *sides)
+
+
+def test_what_was_cut_stays_cut_without_its_prompt(path: Path) -> None:
+    row = {**TEXTS, "chosen": "Why? Be", "rejected": "Why? No.", "chosen_finish_reason": "length"}
+    (pair,) = read_pairs(write(path, [row])).pairs
+    assert (pair.chosen, pair.rejected) == (Response(text=" Be", is_cut=True), Response(text=" No."))
 
 
 def test_texts_of_ranked_responses_need_no_objective(path: Path) -> None:
@@ -144,6 +180,7 @@ BAD_ROWS = [
     ({**TEXTS, "prompt": ""}, "empty prompt", "prompt is ''"),
     ({**TEXTS, "chosen": "No."}, "both responses the same", "'No.'"),
     ({**TEXTS, "chosen_finish_reason": "tired"}, "unknown finish reason", "chosen_finish_reason is 'tired'"),
+    ({"prompt": "Why?", "chosen": "Why?", "rejected": "Why? No."}, "empty response", "the prompt alone, 'Why?'"),
     ({**TEXTS, "prompt": "x" * 500, "chosen": [7] * 500}, "chosen of a wrong type", "[7, 7, 7"),
 ]
 BAD_CONVERSATIONS = [
@@ -154,6 +191,19 @@ BAD_CONVERSATIONS = [
     ([{"role": "user"}, *said("I.")], "messages without a text", "chosen[0] is {'role': 'user'}"),
     (["Why?", "I."], "messages without a text", "chosen[0] is 'Why?'"),
     ([*ASKED, *said("")], "empty response", "chosen is ''"),
+]
+TRANSCRIPTS = {
+    "chosen": "\n\nHuman: Why?\n\nAssistant: Because.",
+    "rejected": "\n\nHuman: Why?\n\nAssistant: No.",
+}
+BAD_TRANSCRIPTS = [
+    ("Why? Because.", "no prompt", "'Human:' or 'Assistant:'"),
+    ("Be brief.\n\nHuman: Why?\n\nAssistant: Because.", "no prompt", "'Be brief."),
+    ("\n\nHuman: Why?", "no assistant message at the end", "chosen is"),
+    ("\n\nHuman: Why?\n\nAssistant:", "empty response", "chosen is ''"),
+    ("\n\nHuman: Who?\n\nAssistant: I.", "prompts that differ", "Who?"),
+    ("\n\nHuman:\n\nAssistant: I.", "prompts that differ", "''"),
+    ("", "no prompt", "chosen is ''"),
 ]
 BAD_RANKED = [
     ({**RANKED, "better_response_id": 2}, "unknown better_response_id", "better_response_id is 2, not 0 or 1"),
@@ -173,6 +223,7 @@ BAD_REPLIES = [
     [
         *((TEXTS, *case) for case in BAD_ROWS),
         *((WHOLE, {**WHOLE, "chosen": chosen}, reason, told) for chosen, reason, told in BAD_CONVERSATIONS),
+        *((TRANSCRIPTS, {**TRANSCRIPTS, "chosen": chosen}, *told) for chosen, *told in BAD_TRANSCRIPTS),
         *((RANKED, *case) for case in BAD_RANKED),
         *(({**TEXTS, "prompt": ASKED}, *case) for case in BAD_REPLIES),
     ],

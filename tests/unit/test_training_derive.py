@@ -1,13 +1,16 @@
 """Cutting a model to some of its layers, and adapters that become part of its weights."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 from actors.training.derive import add_adapter, cut_layers, merge_adapter, save_adapter
 from cluster.errors import InvalidConfiguration
+from tests import tiny
 from tests.tiny import ARCHITECTURES, llama
 
 # peft reads a property that transformers has renamed; nothing we can say differently.
@@ -53,6 +56,81 @@ def test_the_original_is_left_alone() -> None:
             parameter.zero_()
     assert torch.equal(model(TOKENS).logits, before)
     assert model.config.num_hidden_layers == 3
+
+
+def leave_out(layer: Any) -> None:
+    """Let a layer pass on what it is given."""
+    forward = layer.forward
+
+    def pass_on(hidden: torch.Tensor, *args: Any, **options: Any) -> Any:
+        output = forward(hidden, *args, **options)
+        return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+
+    layer.forward = pass_on
+
+
+def unlike_layers(architecture: str) -> Any:
+    """A model whose layers differ in more than weights."""
+    if architecture == "smollm3":
+        common = {**tiny._GROUPED, "vocab_size": 97, "no_rope_layers": [1, 0, 1], "layer_types": ["full_attention"] * 3}
+        return tiny._build(SmolLM3ForCausalLM, SmolLM3Config(**common), 0)
+    if architecture == "gpt_neo":
+        config = GPTNeoConfig(
+            hidden_size=32,
+            num_layers=3,
+            num_heads=4,
+            attention_types=[[["global"], 1], [["local"], 2]],
+            window_size=2,
+            vocab_size=97,
+            max_position_embeddings=128,
+            initializer_range=0.3,
+        )
+        return tiny._build(GPTNeoForCausalLM, config, 0)
+    return tiny.gpt2(scale_attn_by_inverse_layer_idx=True)
+
+
+@pytest.mark.parametrize("kept", [[0], [0, 1], [0, 2], [1, 2]])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "smollm3", "gpt_neo", "inverse"])
+def test_a_cut_computes_what_its_layers_compute_or_is_refused(
+    architecture: str, kept: list[int], tmp_path: Path
+) -> None:
+    model = ARCHITECTURES[architecture]() if architecture in ARCHITECTURES else unlike_layers(architecture)
+    if architecture == "inverse" and kept[-1] >= len(kept):
+        with pytest.raises(InvalidConfiguration, match="depends on its number"):
+            cut_layers(model, kept)
+        return
+    cut_layers(model, kept).save_pretrained(tmp_path)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path)
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    for number, layer in enumerate(layers):
+        if number not in kept:
+            leave_out(layer)
+    with torch.inference_mode():
+        expected = model(TOKENS, use_cache=False).logits
+        torch.testing.assert_close(small(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cut_keeps_every_list_of_its_layers() -> None:
+    small = cut_layers(unlike_layers("smollm3"), [1, 2])
+    assert small.config.no_rope_layers == [0, 1]
+    assert small.config.layer_types == ["full_attention"] * 2
+
+
+def test_token_ids_are_no_list_of_layers() -> None:
+    assert cut_layers(llama(eos_token_id=[1, 2, 3]), [0, 2]).config.eos_token_id == [1, 2, 3]
+
+
+def test_a_cut_in_bfloat16_has_the_models_rotary_frequencies() -> None:
+    model = llama().to(torch.bfloat16)
+    model.model.rotary_emb.inv_freq = llama().model.rotary_emb.inv_freq
+    small = cut_layers(model, [0, 2])
+    assert small.dtype == torch.bfloat16
+    assert torch.equal(small.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
+def test_tied_weights_stay_tied() -> None:
+    small = cut_layers(llama(tie_word_embeddings=True), [0, 2])
+    assert small.get_output_embeddings().weight is small.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("kept", [[], [3], [-1]])

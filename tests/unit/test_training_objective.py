@@ -60,14 +60,14 @@ def test_distillation_loss_is_the_divergence_at_the_tokens_that_are_there() -> N
         for position in range(len(response)):
             p, q = teacher[row, position].softmax(-1), student[row, position].softmax(-1)
             terms.append((p * (p / q).log()).sum().item())
-    found = distillation_loss(student, teacher, batch.targets_BT).item()
+    found = distillation_loss(student, teacher, batch.targets_BT, batch.weights_B).item()
     assert found == pytest.approx(sum(terms) / len(terms), rel=1e-4)
 
 
 def test_a_model_has_nothing_to_learn_from_itself() -> None:
     batch = collate(PROMPTS, RESPONSES)
     logits_BTV = torch.randn(3, 5, 11, requires_grad=True)
-    loss = distillation_loss(logits_BTV, logits_BTV.detach(), batch.targets_BT)
+    loss = distillation_loss(logits_BTV, logits_BTV.detach(), batch.targets_BT, batch.weights_B)
     torch.autograd.backward(loss)
     assert loss.item() == pytest.approx(0, abs=1e-5)
     assert logits_BTV.grad is not None
@@ -94,7 +94,10 @@ def test_gradients_are_those_of_plain_tensor_code(chunk: int, monkeypatch: pytes
     weights = torch.tensor([0.7, -1.3])
     losses: list[tuple[Loss, Loss]] = [
         (lambda z: (response_log_probs(z, targets) * weights).sum(), lambda z: (plain_log_probs(z) * weights).sum()),
-        (lambda z: 2.5 * distillation_loss(z, teacher, targets), lambda z: 2.5 * plain_divergence(z)),
+        (
+            lambda z: 2.5 * distillation_loss(z, teacher, targets, torch.full((2,), 2 / 6)),
+            lambda z: 2.5 * plain_divergence(z),
+        ),
     ]
     for found, expected in losses:
         gradients = []

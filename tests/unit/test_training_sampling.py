@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from actors.guidance.merge import Guidance, merge
-from actors.training.sampling import answer_prompts, draw_answers, sentence_ends
-from tests.tiny import llama, tokenizer
+from actors.training.sampling import answer_prompts, decode_answer, draw_answers, sentence_ends
+from tests.tiny import SPACE_BEFORE_TEXT, llama, spacing_tokenizer, tokenizer
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 MANY = 4000
@@ -153,3 +153,38 @@ def test_what_is_left_is_answered_as_it_would_have_been() -> None:
     whole = _answer(PROMPTS, {0, 1, 2})
     for pending in ({0}, {1}, {2, 0}, set[int]()):
         assert _answer(PROMPTS, pending) == {i: whole[i] for i in pending}
+
+
+@pytest.mark.parametrize("kind", SPACE_BEFORE_TEXT)
+@pytest.mark.parametrize(
+    ("pieces", "text"), [(["_The"], " The"), (["T", "he", "<turn>"], "The"), ([], ""), (["A"], "")]
+)
+def test_an_answers_text_keeps_its_space_and_leaves_the_end_token_out(kind: str, pieces: list[str], text: str) -> None:
+    fast = spacing_tokenizer(kind)
+    space = "Ġ" if kind == "byte_level" else "▁"
+    answer = fast.convert_tokens_to_ids([piece.replace("_", space) for piece in pieces])
+    ends = {fast.convert_tokens_to_ids("A"), 0, 2}
+    assert decode_answer(fast, fast("hi").input_ids, answer, ends) == text
+
+
+@pytest.mark.parametrize("tokens", [range(40), [0, *range(30, 60)]])
+@pytest.mark.parametrize("weights", [(), (-2.0,), (1.0,)])
+def test_a_column_without_a_token_is_never_drawn(tokens: Sequence[int], weights: Sequence[float]) -> None:
+    models = [llama(), *(llama(seed=i + 1) for i in range(len(weights)))]
+    rows = [(prompt, weights) for prompt in range(3) for _ in range(20)]
+    drawn = _draw(models, rows, tokens=tokens)
+    assert {token for answer in drawn for token in answer} <= set(tokens)
+    assert not {token for answer in _draw(models, rows) for token in answer} <= set(tokens)
+
+
+def test_the_divergence_counts_the_vocabularys_tokens_alone() -> None:
+    [answer] = draw_answers(
+        [llama(), llama(seed=1)],
+        [[5]],
+        [(0, (0.5,))],
+        max_tokens=4,
+        end_tokens={0},
+        generator=torch.Generator().manual_seed(0),
+        tokens=range(40),
+    )
+    assert 0 < answer.divergence < float("inf")
