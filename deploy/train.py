@@ -90,15 +90,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--margin", type=float, default=0.0, help="by which chosen is to win, arm only (0)")
     parser.add_argument("--length-normalised", action="store_true", help="mean log-probabilities, arm only")
-    parser.add_argument("--lora-rank", type=int, help="of an adapter on all projections (8)")
+    parser.add_argument(
+        "--lora-rank",
+        type=int,
+        help="of an adapter on all projections (8; with --base none, and the layers stay as they are)",
+    )
     parser.add_argument("--lora-alpha", type=float, help="its share is alpha / rank (twice the rank)")
     parser.add_argument(
-        "--map-rank", type=int, metavar="N", help="with --base: of the matrix before the output layer (16)"
-    )
-    parser.add_argument(
-        "--map-only",
-        action="store_true",
-        help="with --base: train that matrix alone; generalises from few pairs, and costs a third",
+        "--map-rank", type=int, metavar="N", help="with --base: of the matrix before the output layer (8)"
     )
     parser.add_argument("--full", action="store_true", help="train all weights instead of an adapter")
     parser.add_argument(
@@ -172,23 +171,25 @@ def settings_from(options: argparse.Namespace, num_pairs: int, layers: tuple[int
     beta = {"arm": 0.05, "dpo": 0.1, "guided": 0.1}[objective] if options.beta is None else options.beta
     if beta <= 0:
         raise InvalidConfiguration(f"--beta: {beta} is not above 0")
-    if (options.map_only or options.map_rank is not None) and not options.base:
-        raise InvalidConfiguration("--map-rank and --map-only: belong to --base; name one, or leave them out")
-    if options.map_only and (options.full or options.lora_rank is not None or options.lora_alpha is not None):
-        raise InvalidConfiguration("--map-only: trains nothing else; leave --full, --lora-rank and --lora-alpha out")
+    if options.map_rank is not None and not options.base:
+        raise InvalidConfiguration("--map-rank: belongs to --base; name one, or leave it out")
     if options.map_rank is not None and options.map_rank < 1:
         raise InvalidConfiguration(f"--map-rank: {options.map_rank} is less than 1")
     if options.base and options.loss == "dpo":
         raise InvalidConfiguration("--base is for guides; --loss dpo trains --model itself, so leave one of them out")
     if objective != "arm" and (options.margin or options.length_normalised):
         raise InvalidConfiguration("--margin and --length-normalised belong to --loss arm without --base")
-    rank = 0 if options.map_only else adapter_rank(options, default=8)
+    # Under a base the layers stay as they are, unless an adapter or all weights are asked for.
+    map_only = bool(options.base) and options.lora_rank is None and not options.full
+    if map_only and options.lora_alpha is not None:
+        raise InvalidConfiguration("--lora-alpha: with --base there is an adapter only with --lora-rank; give that too")
+    rank = 0 if map_only else adapter_rank(options, default=8)
     return RunSettings(
         objective=objective,
         base=options.base,
         kl=_kl(options),
-        map_rank=16 if options.map_rank is None else options.map_rank,
-        map_only=options.map_only,
+        map_rank=8 if options.map_rank is None else options.map_rank,
+        map_only=map_only,
         layers=layers,
         beta=beta,
         margin=options.margin,
@@ -197,7 +198,9 @@ def settings_from(options: argparse.Namespace, num_pairs: int, layers: tuple[int
         lora_alpha=2 * rank if options.lora_alpha is None else options.lora_alpha,
         eval_every=options.eval_every,
         patience=options.patience,
-        **shared_settings(options, num_pairs, default_rate=5e-6 if options.full else 5e-4, min_steps=MIN_STEPS),
+        **shared_settings(
+            options, num_pairs, default_rate=4e-3 if map_only else 5e-6 if options.full else 5e-4, min_steps=MIN_STEPS
+        ),
     )
 
 

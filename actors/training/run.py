@@ -74,7 +74,7 @@ class RunSettings:
     """Of an adapter on all projections; 0 trains all weights."""
 
     lora_alpha: float = 16
-    map_rank: int = 16
+    map_rank: int = 8
     """Of the matrix before the output layer, with the objective `guided`."""
 
     map_only: bool = False

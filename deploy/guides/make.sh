@@ -23,7 +23,7 @@ done
 
 # The guides, and the weights that they bear.
 train() { # name, price of a nat of KL
-  python -m deploy.train --base $B --keep 6 --map-only --map-rank 8 --data results/"$1".jsonl --output results/"$1" \
+  python -m deploy.train --base $B --keep 6 --map-rank 8 --data results/"$1".jsonl --output results/"$1" \
     --steps 36 --batch-size 64 --learning-rate 4e-3 --beta 0.2 --kl "$2" --workers 2 --cpus-per-worker 1 \
     "${@:3}"
   python -m deploy.calibrate --guide results/"$1" --base $B --prompts $G/calibration_prompts.jsonl --answers 20 \

@@ -133,8 +133,8 @@ def test_the_report_says_what_was_kept_and_what_was_not(model: str, data: Callab
         (["--base", "BASE", "--keep", "2"], "--keep: is for the base's own layers"),
         (["--base", "/nowhere/at/all"], "--base: no model at /nowhere/at/all"),
         (["--eval-every", "0"], "--eval-every: 0 is not above 0"),
-        (["--map-only"], "--map-rank and --map-only: belong to --base"),
-        (["--base", "BASE", "--map-only", "--lora-rank", "4"], "--map-only: trains nothing else"),
+        (["--map-rank", "4"], "--map-rank: belongs to --base"),
+        (["--base", "BASE", "--full", "--lora-rank", "4"], "--lora-rank: --full trains no adapter"),
         (["--base", "BASE", "--map-rank", "0"], "--map-rank: 0 is less than 1"),
         (["--base", "BASE", "--kl", "-1"], "--kl: -1.0 is not 0 or more"),
         (["--kl", "1"], "--kl: is the distance from a --base"),
@@ -167,6 +167,10 @@ def test_a_guide_under_a_base_is_made_of_its_first_layers(model: str, data: Call
     settings = under_base(model, data(ROWS))
     assert (settings.objective, settings.model, settings.base) == ("guided", model, model)
     assert (settings.layers, settings.beta) == ((0,), 0.1)
+    assert (settings.map_only, settings.map_rank, settings.lora_rank, settings.learning_rate) == (True, 8, 0, 4e-3)
+    adapted = under_base(model, data(ROWS), "--lora-rank", "4")
+    assert (adapted.map_only, adapted.lora_rank, adapted.learning_rate) == (False, 4, 5e-4)
+    assert not under_base(model, data(ROWS), "--full").map_only
     assert under_base(model, data(ROWS), "--keep", "2").layers == (0, 1)
     assert under_base(model, data(ROWS), "--model", model).layers is None
     with pytest.raises(InvalidConfiguration, match="--keep: 4 layers cannot be kept; the base has 3"):
