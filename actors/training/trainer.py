@@ -111,7 +111,9 @@ class GuidedObjective:
         """Return the loss, the share of pairs ranked rightly by log p/p_base, its mean difference, and KL a token."""
         compared = self._base.compare(model, batch)
         chosen_B, rejected_B = (compared.guided_B - compared.before_B).chunk(2)
-        divergence = compared.divergence_B.sum() / batch.num_targets_B.sum()
+        # Of each pair, so that a step's mean is the same however it is shared out.
+        nats_B, num_tokens_B = (sum(values_B.chunk(2)) for values_B in (compared.divergence_B, batch.num_targets_B))
+        divergence = (nats_B / num_tokens_B).mean()
         loss = arm_loss(chosen_B, rejected_B, beta=self._beta) + self._kl * divergence
         return loss, {**_pair_figures(chosen_B - rejected_B), "divergence": divergence.detach()}
 

@@ -77,18 +77,19 @@ def expected_loss(base: Any, guide: Any) -> float:
 
 
 def divergence(base: Any, guide: Any) -> float:
-    """KL(both || base) a token, from logits for each sequence alone."""
-    nats = []
+    """KL(both || base) a token of each pair, the mean over pairs, from logits for each sequence alone."""
+    by_pair = []
     for pair in PAIRS:
+        nats: list[float] = []
         for response in (pair.chosen, pair.rejected):
+            tokens = torch.tensor([pair.prompt + response])
             with torch.inference_mode():
-                own, steer = (
-                    model(torch.tensor([pair.prompt + response])).logits[0].double() for model in (base, guide)
-                )
+                own, steer = (model(tokens).logits[0].double() for model in (base, guide))
             rows = slice(len(pair.prompt) - 1, -1)
             law, before = (own + steer)[rows].log_softmax(-1), own[rows].log_softmax(-1)
             nats += (law.exp() * (law - before)).sum(-1).tolist()
-    return sum(nats) / len(nats)
+        by_pair.append(sum(nats) / len(nats))
+    return sum(by_pair) / len(by_pair)
 
 
 def test_a_new_guide_is_no_guide_at_all() -> None:
