@@ -112,8 +112,8 @@ class GuidedObjective:
         compared = self._base.compare(model, batch)
         chosen_B, rejected_B = (compared.guided_B - compared.before_B).chunk(2)
         # Of each pair, so that a step's mean is the same however it is shared out.
-        nats_B, num_tokens_B = (sum(values_B.chunk(2)) for values_B in (compared.divergence_B, batch.num_targets_B))
-        divergence = (nats_B / num_tokens_B).mean()
+        nats_2B, num_tokens_2B = (values_B.view(2, -1) for values_B in (compared.divergence_B, batch.num_targets_B))
+        divergence = (nats_2B.sum(0) / num_tokens_2B.sum(0)).mean()
         loss = arm_loss(chosen_B, rejected_B, beta=self._beta) + self._kl * divergence
         return loss, {**_pair_figures(chosen_B - rejected_B), "divergence": divergence.detach()}
 

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +120,7 @@ def service_config(
     base: dict[str, Any],
     guides: dict[str, dict[str, Any]],
     *,
-    profiles: dict[str, dict[str, float]] | None = None,
+    profiles: Mapping[str, Any] | None = None,
     **args: Any,
 ) -> dict[str, Any]:
     """A deploy.yaml: the base's args, each guide's, and those of the coordinator."""

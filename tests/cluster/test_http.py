@@ -13,6 +13,7 @@ import ray
 import requests
 from openai import OpenAI
 
+from actors.calibration import FILE, Calibration, Point
 from tests import tiny
 from tests.cluster.conftest import Deploy, Service, model_args, service_config
 
@@ -25,11 +26,22 @@ def service(deploy: Deploy, tmp_path_factory: pytest.TempPathFactory) -> Service
     root: Path = tmp_path_factory.mktemp("models")
     base = tiny.save(tiny.talkative(tiny.llama(80)), root / "base")
     kind = tiny.save(tiny.talkative(tiny.llama(80, seed=1)), root / "kind")
+    point = Point(
+        weight=0, num_answers=8, divergence=0, ended=1, distinct_2=1, distinct_2_error=0, longest_repeat=0, num_tokens=9
+    )
+    calibration = Calibration(
+        base="base", temperature=1, top_p=1, max_tokens=9, reward=None, weight=0.8, is_sound=True, points=[point]
+    )
+    (root / "kind" / FILE).write_text(calibration.model_dump_json())
     silent = tiny.tokenizer(80)
     silent.chat_template = None
     wordless = tiny.save(tiny.llama(80, seed=2), root / "wordless", with_tokenizer=silent)
     guides = {"kind": model_args(kind, base=base), "wordless": model_args(wordless, base=base)}
-    return deploy(service_config(model_args(base), guides, profiles={"kinder": {"kind": 0.8}}))
+    profiles: dict[str, Any] = {
+        "kinder": {"kind": 0.8},
+        "kindest": {"weights": {"kind": "auto"}, "sampling": {"temperature": 0.5, "max_tokens": 3}},
+    }
+    return deploy(service_config(model_args(base), guides, profiles=profiles))
 
 
 @pytest.fixture
@@ -45,7 +57,35 @@ def post(service: Service, body: Any, endpoint: str = "completions") -> requests
 
 
 def test_profiles_are_models(client: OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["base", "kinder"]
+    assert [model.id for model in client.models.list()] == ["base", "kinder", "kindest"]
+
+
+def test_models_say_what_they_are_and_which_weight_each_guide_bears(service: Service) -> None:
+    listed = requests.get(f"{service.url}/v1/models", timeout=60).json()
+    assert listed["guides"] == [
+        {"id": "kind", "recommended_weight": 0.8},
+        {"id": "wordless", "recommended_weight": None},
+    ]
+    guidance = {model["id"]: model["guidance"] for model in listed["data"]}
+    assert guidance == {
+        "base": {"weights": {}, "sampling": {}},
+        "kinder": {"weights": {"kind": 0.8}, "sampling": {}},
+        "kindest": {"weights": {"kind": "auto"}, "sampling": {"temperature": 0.5, "max_tokens": 3}},
+    }
+
+
+def test_a_weight_may_be_left_to_the_guide(service: Service) -> None:
+    def text(model: str, **fields: Any) -> Any:
+        answer = post(service, {**PLAIN, "model": model, **fields}).json()
+        return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
+
+    assert text("base", guidance={"weights": {"kind": "auto"}}) == text("kinder")
+    short = {name: value for name, value in PLAIN.items() if name != "max_tokens"} | {"model": "kindest"}
+    answer = post(service, short).json()
+    assert (answer["choices"][0]["text"], 3) == text("kinder", temperature=0.5, max_tokens=3)
+    refused = post(service, {**PLAIN, "guidance": {"weights": {"wordless": "auto"}}})
+    assert refused.status_code == 400
+    assert "weights.wordless: 'auto' needs a guide that was calibrated" in refused.json()["error"]["message"]
 
 
 def test_health_is_ready(service: Service) -> None:
