@@ -50,6 +50,7 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
             str(folder / "pairs.jsonl"),
         ),
         *("--output", str(output), "--steps", str(NUM_STEPS), "--batch-size", "8", "--cpus-per-worker", "1"),
+        *("--dtype", "float32"),
         *("--checkpoint-every", str(CHECKPOINT_EVERY), "--learning-rate", "5e-3", "--validation-share", "0.2", *more),
     ]
 
