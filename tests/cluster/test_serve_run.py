@@ -50,7 +50,9 @@ def test_base_and_guided_answers_come_and_differ(url: str) -> None:
             )
             return reply.choices[0].message.content or ""
 
-        plain, guided = answer(), answer(guidance={"weights": {"positivity": 0.4}})
+        # What the profile `positive` says, told by a request.
+        sampling = {"temperature": 0.7, "top_p": 0.9}
+        plain, guided = answer(**sampling), answer(guidance={"weights": {"positivity": "auto"}}, **sampling)
         assert plain
         assert guided
         assert plain != guided
