@@ -75,8 +75,8 @@ def run(options: argparse.Namespace) -> int:
     """
     try:
         tokenizer = load_tokenizer(str(options.model))
-    except (OSError, ValueError) as error:
-        raise InvalidConfiguration(f"--model: {options.model} cannot be loaded: {error}") from error
+    except InvalidConfiguration as error:
+        raise InvalidConfiguration(f"--model: {error}") from error
     encoder, rng = PromptEncoder(tokenizer), random.Random(options.seed)
     settings = {"num": options.inside, "max_characters": options.max_characters, "rng": rng}
     made = [
