@@ -6,6 +6,7 @@ from typing import Any, TypedDict
 
 import jinja2
 
+from actors.chat_templates import ChatTemplate
 from cluster.errors import InvalidRequest
 
 
@@ -34,7 +35,8 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
         self._tokenizer = tokenizer
-        self._template = template
+        self._is_template_set = template is not None
+        self._template = ChatTemplate(tokenizer, template)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the prompt's token ids.
@@ -58,7 +60,7 @@ class PromptEncoder:
 
     def is_rendered(self, prompt: Prompt) -> bool:
         """Whether a template writes the prompt's text, special tokens and all."""
-        return prompt.messages is not None or self._template is not None
+        return prompt.messages is not None or self._is_template_set
 
     def text_of(self, prompt: Prompt) -> str:
         """Return the text that the prompt's tokens are made of.
@@ -105,18 +107,14 @@ class PromptEncoder:
         Raises:
             InvalidRequest: there is no template, or it fails on this conversation.
         """
-        if self._template is None and not self._tokenizer.chat_template:
+        if not self._template.is_there:
             raise InvalidRequest(
                 f"{field}: the model {self._tokenizer.name_or_path!r} has no chat template; "
                 "send a plain prompt, or set its prompt_template",
                 field,
             )
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    list(messages), chat_template=self._template, add_generation_prompt=not is_answered, tokenize=False
-                )
-            )
+            return self._template.render(messages, is_answered=is_answered)
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"{field}: the chat template refuses this conversation: {error}", field) from error
         except Exception as error:
