@@ -29,6 +29,15 @@ class ChatTemplate:
         """
         return self._apply([_as_parts(m) if self._reads_parts(m["role"]) else m for m in messages], is_answered)
 
+    def turns(self) -> str:
+        """Return a conversation of turns that spell nothing; nothing if the template takes no such conversation."""
+        for order in (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",)):
+            try:
+                return self.render([{"role": role, "content": _word(0)} for role in order], is_answered=True)
+            except Exception:
+                continue
+        return ""
+
     def _apply(self, messages: Sequence[Mapping[str, Any]], is_answered: bool) -> str:
         text = self._tokenizer.apply_chat_template(
             [dict(message) for message in messages],
