@@ -170,6 +170,44 @@ async def test_what_waits_for_a_guide_that_is_gone_holds_no_other_place(
         check(await reader.tokens(), seed, both["weights"])
 
 
+@pytest.mark.parametrize("asleep", [["base"], ["kind"], ["terse"], ["kind", "base"], ["terse", "kind", "base"]])
+@pytest.mark.parametrize("is_begun", [False, True])
+async def test_models_without_a_replica_are_asked_for_until_they_have_one(
+    serve: LocalServe, coordinator: Coordinator, asleep: list[str], is_begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenancy, "HOLD_S", 0.1)
+    monkeypatch.setattr(tenancy, "LOOK_S", 0.05)
+    both: dict[str, Any] = {**GUIDED, "weights": {"kind": 1.0, "terse": 0.5}}
+    await serve.start("terse", TERSE)
+    readers: list[Reader] = []
+    if is_begun:
+        readers = [Reader(coordinator, seed=seed, **both) for seed in range(2)]
+        for reader in readers:
+            await reader.begun()
+    for name in asleep:
+        await serve.kill(only(serve, name))
+    readers += [Reader(coordinator, seed=seed, **both) for seed in range(len(readers), 3)]
+    waking = asyncio.create_task(wake(serve, dict.fromkeys(asleep)))
+    for seed, reader in enumerate(readers):
+        check(await reader.tokens(), seed, both["weights"])
+    await waking
+    await until(lambda: not any(serve.load(only(serve, name)) for name in ("base", "kind", "terse")))
+
+
+async def wake(serve: LocalServe, asleep: dict[str, None]) -> None:
+    """Start models for which somebody has waited for a while, as Serve's autoscaling does."""
+    loop = asyncio.get_running_loop()
+    since = dict.fromkeys(asleep, loop.time())
+    while asleep:
+        await asyncio.sleep(0.02)
+        for name in list(asleep):
+            if not serve.num_waiting[name]:
+                since[name] = loop.time()
+            elif loop.time() - since[name] > 0.4:
+                del asleep[name]
+                await serve.start(name, {"base": BASE, "kind": KIND, "terse": TERSE}[name])
+
+
 async def test_a_replica_that_hangs_is_killed_and_replaced(serve: LocalServe, monkeypatch: pytest.MonkeyPatch) -> None:
     async with local_coordinator(monkeypatch, serve, ["kind"], step_timeout_s=3.0) as coordinator:
         guided = [Reader(coordinator, seed=seed, **GUIDED) for seed in range(2)]
