@@ -2,8 +2,8 @@
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 import ray
@@ -18,10 +18,11 @@ from actors.api import Piece
 from actors.coordinator.request import parse_request
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, Profile, parse_guidance
 from cluster.delivery import Feed, Inbox
-from cluster.errors import ReplicaLost, TrimtabError
+from cluster.errors import TrimtabError
 from cluster.tls import Tls
 from deploy.access import Access, Guard, caller_of
 from deploy.attempts import REPEATABLE, Attempts, own_errors
+from deploy.closing import Closing
 from deploy.openai_schema import Answer, ChatCompletionRequest, CompletionRequest, TextRequest
 from deploy.responses import ERRORS, RETRY_AFTER_S, STREAMS, answer_errors, stream_events
 
@@ -61,6 +62,8 @@ class Gateway:
         self._recommended: dict[str, float | None] = {}
         self._inbox: Inbox | None = None
         self._starting = asyncio.Lock()
+        self._closing = Closing()
+        self._drain_s = settings.limits.drain_s
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take new profiles.
@@ -74,6 +77,10 @@ class Gateway:
     def check_health(self) -> None:
         """Raise `InvalidConfiguration` if strangers can reach the service and nobody needs a key (for Serve)."""
         self.access.check_exposure()
+
+    async def close(self) -> None:
+        """Finish what is being written, within `limits.drain_s`, and take nothing new: for who stops the service."""
+        await self._closing.close(self._drain_s)
 
     @app.get("/health")
     async def health(self) -> Response:
@@ -132,7 +139,8 @@ class Gateway:
         request.is_for(caller_of(http.scope))
         answer = Answer(request)
         if not request.stream:
-            return JSONResponse(answer.whole(await self._generate(request)))
+            with self._closing.answer():
+                return JSONResponse(answer.whole(await self._generate(request)))
         pieces = self._stream(request)
         # The first pieces decide between an error's own status and a stream.
         first = await anext(pieces)
@@ -159,15 +167,16 @@ class Gateway:
     async def _stream(self, request: TextRequest) -> AsyncGenerator[list[Piece], None]:
         """An answer in pieces, as many at a time as there are; given up when the client leaves."""
         attempts = Attempts(request.fields(), deadline_s=self._deadline_s)
-        while not attempts.is_finished:
-            try:
-                async with aclosing(self._read(attempts)) as batches:
-                    async for pieces in batches:
-                        attempts.take(pieces)
-                        yield pieces
-            except REPEATABLE as error:
-                if not attempts.is_finished:
-                    await asyncio.sleep(attempts.pause_s(error))
+        with self._closing.answer():
+            while not attempts.is_finished:
+                try:
+                    async with aclosing(self._read(attempts)) as batches:
+                        async for pieces in batches:
+                            attempts.take(pieces)
+                            yield pieces
+                except REPEATABLE as error:
+                    if not attempts.is_finished:
+                        await asyncio.sleep(attempts.pause_s(error))
 
     async def _read(self, attempts: Attempts) -> AsyncGenerator[list[Piece], None]:
         """What one coordinator brings of an answer."""
@@ -196,10 +205,6 @@ class Gateway:
                 self._inbox = inbox
         return self._inbox
 
-    @asynccontextmanager
-    async def _deadline(self, attempts: Attempts) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(attempts.left_s + ABSENCE_S):
-                yield
-        except TimeoutError as error:
-            raise ReplicaLost(f"no coordinator answered in time, nor {ABSENCE_S:g} s later") from error
+    def _deadline(self, attempts: Attempts) -> AbstractAsyncContextManager[None]:
+        late = f"no coordinator answered in time, nor {ABSENCE_S:g} s later"
+        return self._closing.wait(attempts.left_s + ABSENCE_S, late)
