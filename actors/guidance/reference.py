@@ -47,11 +47,13 @@ def generate(
     sampling: Sampling | None = None,
     max_tokens: int,
     end_tokens: Collection[int] = (),
+    spelled: Collection[int] | None = None,
     sample: int = 0,
 ) -> ReferenceText:
     """Write up to `max_tokens` tokens from the guided distribution.
 
-    Guides of weight 0 are left out; the others are summed in the order given.
+    Guides of weight 0 are left out; the others are summed in the order given. `spelled` are the ids that stand for
+    tokens, with the end tokens; columns of the logits for other ids are never drawn. All are if it is absent.
     """
     sampling = sampling or Sampling()
     guides = [guide for guide in guides if guide.weight != 0]
@@ -68,7 +70,10 @@ def generate(
             caches[i] = output.past_key_values
             rows.append(output.logits[0, -1])
         guidance = [Guidance(guide.weight, row) for guide, row in zip(guides, rows[1:], strict=True)]
-        scores_V = noisy_scores(merge([rows[0]], [guidance]), sampling, len(text.tokens), sample)
+        z_1V = merge([rows[0]], [guidance])
+        if spelled is not None:
+            z_1V[0, [column for column in range(z_1V.shape[1]) if column not in spelled]] = -torch.inf
+        scores_V = noisy_scores(z_1V, sampling, len(text.tokens), sample)
         best, second = scores_V.topk(2).values.tolist()
         text.tokens.append(int(scores_V.argmax()))
         text.margins.append(best - second)

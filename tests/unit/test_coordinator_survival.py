@@ -102,6 +102,32 @@ def only(serve: LocalServe, name: str) -> ModelServer:
     return server
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0, -0.7])
+@pytest.mark.parametrize("width", [80, 100])
+async def test_models_with_more_columns_than_tokens_write_what_the_oracle_writes(
+    monkeypatch: pytest.MonkeyPatch, weight: float, width: int
+) -> None:
+    serve = LocalServe()
+    base, kind = tiny.talkative(tiny.llama(100)), tiny.llama(width, seed=1)
+    await serve.start("base", base)
+    await serve.start("kind", kind)
+    prompt = tiny.tokenizer(80)("hello").input_ids
+    comparison = Comparison()
+    num_columns = 0
+    async with local_coordinator(monkeypatch, serve, ["kind"]) as coordinator:
+        for seed in range(4):
+            sampling = Sampling(seed=seed, temperature=1.5)
+            fields: dict[str, Any] = {"prompt": "hello", "weights": {"kind": weight}, "seed": seed, "temperature": 1.5}
+            answer = await coordinator.generate(**fields, max_tokens=40)
+            voices = oracle.Voice(model=base, prompt=prompt), [oracle.Voice(model=kind, prompt=prompt, weight=weight)]
+            limits: dict[str, Any] = {"sampling": sampling, "max_tokens": 40, "end_tokens": {0}}
+            comparison.add(seed, answer["token_ids"], oracle.generate(*voices, spelled=range(80), **limits))
+            num_columns += sum(token >= 80 for token in oracle.generate(*voices, **limits).tokens)
+    comparison.finish()
+    await serve.stop()
+    assert num_columns or (weight and width == 80)
+
+
 @pytest.mark.parametrize("name", ["base", "kind"])
 @pytest.mark.parametrize("restart_s", [0.0, 0.5])
 async def test_a_replica_that_dies_while_it_writes_changes_no_token(
