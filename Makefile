@@ -26,7 +26,8 @@ test: $(VENV)/installed-dev models
 # minutes. `make test` has a small sample of it. FUZZ=1000 sends fewer.
 FUZZ ?= 10000
 fuzz: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests/unit/test_fuzz_*.py tests/cluster/test_fuzz_*.py --fuzz $(FUZZ) --timeout 1800
+	$(BIN)/python -m pytest tests/unit/cluster/exchange/test_fuzz.py tests/unit/deploy/http/test_fuzz_bodies.py \
+		tests/cluster/test_fuzz_*.py --fuzz $(FUZZ) --timeout 1800
 
 # Steady load while processes are killed, stopped and drained, and clients that leave in mid-stream; some ten minutes.
 # `make test` has a small sample of it. CHAOS=52 does so many faults, LEAVERS=2000 lets so many clients leave.

@@ -7,7 +7,7 @@ from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
-from actors.base_model import BaseModel
+from actors.replica.base import BaseModel
 from actors.settings import BaseModelSettings
 from deploy.applications import model_options
 

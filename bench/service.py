@@ -18,8 +18,8 @@ import ray
 from ray import serve
 
 from bench.workload import Batch, Models, Outcome
-from deploy.check import BASE, GUIDE, TRIMTAB
-from deploy.evaluation.service import LOOPBACK, Cluster
+from deploy.jobs.evaluation.service import LOOPBACK, Cluster
+from deploy.service.check import BASE, GUIDE, TRIMTAB
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Room for the output function of a guide with --rows hidden_states."""

@@ -6,12 +6,12 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from actors.base_model import BaseModel
 from actors.coordinator.coordinator import Coordinator
-from actors.guide import Guide
-from actors.router import LeaseRouter
+from actors.replica.base import BaseModel
+from actors.replica.guide import Guide
+from actors.replica.router import LeaseRouter
 from actors.settings import BaseModelSettings, CoordinatorSettings, GuideSettings, Health
-from deploy.gateway import Gateway
+from deploy.http.gateway import Gateway
 
 # A coordinator and a gateway hold no model: a small share of a core lets Ray place them anywhere.
 LIGHT = {"num_cpus": 0.1}

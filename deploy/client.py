@@ -22,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.api import Piece
 from cluster.errors import ReplicaLost
-from deploy.attempts import REPEATABLE, Attempts, own_errors
+from deploy.http.attempts import REPEATABLE, Attempts, own_errors
 
 
 class Client:

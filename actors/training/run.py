@@ -16,7 +16,7 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from transformers import AutoTokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
 
-from actors.engine.loading import load_whole
+from actors.engine.models.loading import load_whole
 from actors.training.base_law import BaseLaw
 from actors.training.derive import (
     add_adapter,

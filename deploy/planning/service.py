@@ -10,9 +10,9 @@ from actors.engine import RowKind
 from actors.engine.engine import DEFAULT_CACHE_TOKENS
 from actors.settings import NO_GUIDANCE, BaseModelSettings, CoordinatorSettings, GuideSettings
 from cluster.errors import InvalidConfiguration
-from deploy.check import BASE, GUIDE, TRIMTAB
 from deploy.planning.hardware import LOOPBACK, SHARED_MEMORY, Accelerator, CoordinatorCosts, Link
 from deploy.planning.models import Shape, read_shape
+from deploy.service.check import BASE, GUIDE, TRIMTAB
 
 ITEMSIZE: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
