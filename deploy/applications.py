@@ -7,6 +7,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from actors.coordinator.coordinator import Coordinator
+from actors.names import BASE_MODEL, COORDINATOR, GATEWAY, GUIDE
 from actors.replica.base import BaseModel
 from actors.replica.guide import Guide
 from actors.replica.router import LeaseRouter
@@ -26,12 +27,12 @@ DRAIN_LOOK_S = 0.5
 
 def base(args: BaseModelSettings) -> Application:
     """`trimtab-base`: the frozen base model."""
-    return serve.deployment(BaseModel, **model_options(args)).bind(args)
+    return serve.deployment(BaseModel, name=BASE_MODEL, **model_options(args)).bind(args)
 
 
 def guide(args: GuideSettings) -> Application:
     """`trimtab-guide-<name>`: one autoregressive reward model."""
-    return serve.deployment(Guide, **model_options(args)).bind(args)
+    return serve.deployment(Guide, name=GUIDE, **model_options(args)).bind(args)
 
 
 def trimtab(args: CoordinatorSettings) -> Application:
@@ -41,8 +42,8 @@ def trimtab(args: CoordinatorSettings) -> Application:
         "ray_actor_options": LIGHT,
         **life_options(args.health, args.limits.drain_s),
     }
-    coordinator = serve.deployment(Coordinator, **light).bind(args)
-    return serve.deployment(Gateway, **light).bind(coordinator, args)
+    coordinator = serve.deployment(Coordinator, name=COORDINATOR, **light).bind(args)
+    return serve.deployment(Gateway, name=GATEWAY, **light).bind(coordinator, args)
 
 
 def model_options(args: BaseModelSettings) -> dict[str, Any]:

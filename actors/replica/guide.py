@@ -9,6 +9,7 @@ from ray import serve
 from actors.calibration import FILE, read_calibration
 from actors.guidance import check_vocabulary
 from actors.leases import Lease, LeaseRequest, Refusal
+from actors.names import guide_of
 from actors.replica.server import ModelServer
 from actors.settings import GuideSettings
 from actors.vocabularies import load_tokenizer, read_vocabulary
@@ -29,7 +30,7 @@ class Guide:
         check_vocabulary(
             base_vocabulary,
             read_vocabulary(settings.model, tokenizer),
-            guide_name=serve.get_replica_context().app_name.removeprefix("trimtab-guide-"),
+            guide_name=guide_of(serve.get_replica_context().app_name),
         )
         self._server = ModelServer.load(settings, tokenizer, base_vocabulary=base_vocabulary.digest, rows=settings.rows)
         self._server.recommended_weight = _recommended_weight(settings.model)

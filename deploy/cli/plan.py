@@ -15,13 +15,14 @@ from typing import Any
 
 import yaml
 
+from actors.names import GUIDE_PREFIX, guide_of
 from actors.settings import BaseModelSettings
 from cluster.errors import InvalidConfiguration
 from deploy.planning.advice import Size, advise, grow
 from deploy.planning.estimate import Estimate, estimate
 from deploy.planning.hardware import ACCELERATORS, THIS_MACHINE, Accelerator, find_accelerator, network, this_machine
 from deploy.planning.service import Choose, read_service
-from deploy.service.check import GUIDE, parse
+from deploy.service.check import parse
 
 
 def plan(config: object, options: argparse.Namespace) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def plan(config: object, options: argparse.Namespace) -> dict[str, Any]:
         InvalidConfiguration: the deploy.yaml, a model or an accelerator cannot be planned with.
     """
     schema, settings = parse(config)
-    known = [name.removeprefix(GUIDE) for name in settings if name.startswith(GUIDE)]
+    known = [guide_of(name) for name in settings if name.startswith(GUIDE_PREFIX)]
     guides = known if options.guides is None else options.guides
     if unknown := sorted(set(guides) - set(known)):
         raise InvalidConfiguration(f"--guides: there is no guide {unknown[0]!r}; guides are {known}")

@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from actors.api import Piece
 from actors.coordinator.request import parse_request
+from actors.names import BASE, guide_application
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, Profile, parse_guidance
 from cluster.delivery import Feed, Inbox
 from cluster.errors import ReplicaLost, TrimtabError
@@ -78,7 +79,7 @@ class Gateway:
     @app.get("/health")
     async def health(self) -> Response:
         """Whether the base and every configured guide can be used: 200, or 503 that names what is missing."""
-        wanted = ["trimtab-base", *(f"trimtab-guide-{name}" for name in self._guidance.guides)]
+        wanted = [BASE, *map(guide_application, self._guidance.guides)]
         running = (await asyncio.to_thread(serve.status)).applications
         missing = [name for name in wanted if name not in running or running[name].status != "RUNNING"]
         if missing:
@@ -106,7 +107,7 @@ class Gateway:
         if guide not in self._recommended:
             call: DeploymentResponse | None = None
             try:
-                handle = await asyncio.to_thread(serve.get_app_handle, f"trimtab-guide-{guide}")
+                handle = await asyncio.to_thread(serve.get_app_handle, guide_application(guide))
                 call = handle.recommended_weight.remote()
                 async with asyncio.timeout(ASK_GUIDE_S):
                     self._recommended[guide] = await call

@@ -11,6 +11,7 @@ import ray
 from ray import serve
 
 from actors.api import Piece
+from actors.names import TRIMTAB
 from cluster.errors import DeadlineExceeded, InvalidConfiguration, Overloaded, ReplicaLost
 from deploy.client import AsyncClient
 from deploy.jobs.batch.lines import Line
@@ -94,7 +95,7 @@ def connect() -> AsyncClient:
     except ConnectionError as error:
         raise InvalidConfiguration(f"no Ray cluster runs on this machine; {start}") from error
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    application = serve.status().applications.get("trimtab")
+    application = serve.status().applications.get(TRIMTAB)
     if application is not None and application.status != "RUNNING":
         raise InvalidConfiguration(
             f"the application `trimtab` is {application.status.value}; wait until `serve status` says RUNNING"

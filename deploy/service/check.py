@@ -16,6 +16,7 @@ from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 from actors.engine.models.lm_head import check_family
 from actors.engine.models.sharding import check_shardable
 from actors.guidance import check_vocabulary
+from actors.names import BASE, BASE_MODEL, COORDINATOR, GATEWAY, GUIDE, TRIMTAB, guide_application, guide_of
 from actors.settings import (
     NO_GUIDANCE,
     BaseModelSettings,
@@ -32,14 +33,10 @@ from deploy.service.model_files import check_weights, read_config
 from deploy.service.validation import nearest, unknown_keys
 from deploy.service.validation import validate as validate
 
-BASE = "trimtab-base"
-GUIDE = "trimtab-guide-"
-TRIMTAB = "trimtab"
-
 APPLICATIONS: Mapping[str, tuple[type[BaseModel], set[str]]] = {
-    "deploy.applications:base": (BaseModelSettings, {"BaseModel"}),
-    "deploy.applications:guide": (GuideSettings, {"Guide"}),
-    "deploy.applications:trimtab": (CoordinatorSettings, {"Gateway", "Coordinator"}),
+    "deploy.applications:base": (BaseModelSettings, {BASE_MODEL}),
+    "deploy.applications:guide": (GuideSettings, {GUIDE}),
+    "deploy.applications:trimtab": (CoordinatorSettings, {GATEWAY, COORDINATOR}),
 }
 """The settings and the deployments of each application, by import path."""
 
@@ -92,7 +89,7 @@ def parse(config: object) -> tuple[ServeDeploySchema, Mapping[str, BaseModel]]:
             raise InvalidConfiguration(
                 f"{path}.route_prefix: {application.route_prefix!r}, but only {TRIMTAB!r} speaks HTTP; set it to null"
             )
-        if application.name == GUIDE + NO_GUIDANCE:
+        if application.name == guide_application(NO_GUIDANCE):
             raise InvalidConfiguration(
                 f"{path}.name: {NO_GUIDANCE!r} always means the base model; give the guide another name"
             )
@@ -130,19 +127,20 @@ def _check_guides(schema: ServeDeploySchema, settings: Mapping[str, BaseModel]) 
     for application in schema.applications:
         if application.name == TRIMTAB:
             configured = {deployment.name: deployment.user_config for deployment in application.deployments}
-    for name in ("Gateway", "Coordinator"):
+    for name in (GATEWAY, COORDINATOR):
         guidance = configured.get(name)
         if not isinstance(guidance, dict):
             raise InvalidConfiguration(
                 f"applications: the deployment {name!r} of {TRIMTAB!r} needs a user_config with guides and profiles"
             )
         for guide in guidance.get("guides", ()):
-            if GUIDE + guide not in settings:
+            if guide_application(guide) not in settings:
                 raise InvalidConfiguration(
                     f"applications: the user_config of {name!r} names the guide {guide!r}, "
-                    f"but there is no application {GUIDE + guide!r}{nearest(GUIDE + guide, settings)}"
+                    f"but there is no application {guide_application(guide)!r}"
+                    f"{nearest(guide_application(guide), settings)}"
                 )
-    if configured["Gateway"] != configured["Coordinator"]:
+    if configured[GATEWAY] != configured[COORDINATOR]:
         raise InvalidConfiguration("applications: Gateway and Coordinator need the same user_config")
 
 
@@ -170,7 +168,7 @@ def _check_models(settings: Mapping[str, BaseModel]) -> None:
             check_vocabulary(
                 vocabulary,
                 read_vocabulary(guide.model, _check_model(name, guide)),
-                guide_name=name.removeprefix(GUIDE),
+                guide_name=guide_of(name),
             )
 
 

@@ -19,9 +19,9 @@ import ray
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
+from actors.names import BASE, COORDINATOR, GATEWAY, TRIMTAB, guide_application
 from cluster.errors import InvalidConfiguration, ReplicaLost
 from deploy.jobs.evaluation.plan import Plan
-from deploy.service.check import BASE, GUIDE, TRIMTAB
 
 START_TIMEOUT_S = 1800.0
 """For models to load; what is broken fails earlier."""
@@ -45,7 +45,7 @@ def service_config(plan: Plan, base: Path, guides: Mapping[str, Path]) -> dict[s
         {"name": BASE, "import_path": "deploy.applications:base", "args": {"model": str(base), **shared}},
         *(
             {
-                "name": GUIDE + name,
+                "name": guide_application(name),
                 "import_path": "deploy.applications:guide",
                 "args": {"model": str(path), "base": str(base), **shared},
             }
@@ -58,7 +58,7 @@ def service_config(plan: Plan, base: Path, guides: Mapping[str, Path]) -> dict[s
         "route_prefix": "/",
         "import_path": "deploy.applications:trimtab",
         "args": {},
-        "deployments": [{"name": name, "user_config": user_config} for name in ("Gateway", "Coordinator")],
+        "deployments": [{"name": name, "user_config": user_config} for name in (GATEWAY, COORDINATOR)],
     }
     return {"applications": [*({**model, "route_prefix": None} for model in models), trimtab]}
 
