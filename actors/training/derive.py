@@ -303,7 +303,7 @@ def scale_guide(directory: Path, factor: float) -> None:
     config = model.config.get_text_config(decoder=True)
     output = model.get_output_embeddings()
     if output.weight is model.get_input_embeddings().weight or getattr(config, "final_logit_softcapping", None):
-        raise InvalidConfiguration(f"{directory}: its output layer cannot be scaled; leave --scale out, and use weights")
+        raise InvalidConfiguration(f"{directory}: its output layer cannot be scaled; leave --scale out")
     with torch.no_grad():
         for parameter in output.parameters():
             parameter.mul_(factor)
