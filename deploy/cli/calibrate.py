@@ -33,6 +33,7 @@ from actors.training.calibration import (
     summarise,
 )
 from actors.training.card import replace_section
+from actors.training.derive import scale_guide
 from actors.training.rewards import Reward, load_reward, score
 from actors.training.run import SETTINGS
 from actors.vocabularies import end_tokens, load_tokenizer
@@ -69,6 +70,8 @@ class Settings:
     dtype: str = "float32"
     device: str = "cpu"
     seed: int = 0
+    has_to_scale: bool = False
+    """Multiply the guide's logits so that the recommended weight becomes 1."""
 
 
 def calibrate(settings: Settings) -> Calibration:
@@ -91,6 +94,10 @@ def calibrate(settings: Settings) -> Calibration:
     ]
     points = summarise(observed, None if reward is None else functools.partial(_score, reward, asked))
     weight, is_sound = recommend(points)
+    if settings.has_to_scale and is_sound:
+        scale_guide(settings.guide, weight)
+        points = [point.model_copy(update={"weight": point.weight / weight}) for point in points]
+        weight = 1.0
     calibration = Calibration(
         base=Path(settings.base).name,
         temperature=settings.temperature,
@@ -275,6 +282,7 @@ def settings_from(options: argparse.Namespace) -> Settings:
         top_p=options.top_p,
         dtype=choose_dtype(options.dtype, on_gpu=False),
         seed=options.seed,
+        has_to_scale=options.scale,
     )
 
 
@@ -312,6 +320,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--top-p", type=float, default=0.9, metavar="P", help="(0.9)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(auto)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
+    parser.add_argument(
+        "--scale", action="store_true", help="multiply the guide's logits so that the recommended weight becomes 1"
+    )
     options = parser.parse_args(arguments)
     return exit_status("deploy.calibrate", lambda: _run(options))
 

@@ -2,7 +2,7 @@
 
 Where a reward is one of sentences, the sentences that may come next after the same beginning are the pairs that teach
 the most (`deploy.prefer --sentence`). A beginning is the prompt as the model's template writes it, and the first
-sentences of one of its answers, or none of them.
+sentences of one of its answers, or none of them; of an answer that is stuck, those up to where it has become so.
 """
 
 import argparse
@@ -23,15 +23,19 @@ from deploy.jobs.prefer.answers import AnswersLine
 SENTENCE_END = re.compile(r"[.!?](?=\s)|\n+")
 MIN_CHARACTERS = 30
 MAX_REPEAT = 12
-"""Longest repeated run, in words, of an answer that is gone on with."""
+"""Longest repeated run, in words, of a text that is not stuck."""
 
 
 def beginnings(text: str, max_characters: int) -> list[str]:
-    """Return the text up to the end of each of its sentences, within the limits; none of a text that is stuck."""
+    """Return the text up to the end of each of its sentences, within the limits.
+
+    Of a text that is stuck only the place where it has become so, within twice the limit: there a guide can learn what
+    leads out again.
+    """
+    begun = [text[: match.end()] for match in SENTENCE_END.finditer(text)]
     if longest_repeat(text) > MAX_REPEAT:
-        return []
-    ends = [match.end() for match in SENTENCE_END.finditer(text)]
-    return [text[:end] for end in ends if MIN_CHARACTERS <= end <= max_characters]
+        return [first for first in begun if longest_repeat(first) > MAX_REPEAT and len(first) <= 2 * max_characters][:1]
+    return [beginning for beginning in begun if MIN_CHARACTERS <= len(beginning) <= max_characters]
 
 
 def contexts(

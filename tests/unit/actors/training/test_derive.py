@@ -8,10 +8,18 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
-from actors.training.derive import add_adapter, cut_layers, merge_adapter, save_adapter
+from actors.training.derive import (
+    add_adapter,
+    cut_layers,
+    merge_adapter,
+    save_adapter,
+    save_map,
+    scale_guide,
+    silence_output,
+)
 from cluster.errors import InvalidConfiguration
 from tests import tiny
-from tests.tiny import ARCHITECTURES, llama
+from tests.tiny import ARCHITECTURES, llama, save
 
 # peft reads a property that transformers has renamed; nothing we can say differently.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -162,3 +170,24 @@ def test_only_the_adapter_is_trained() -> None:
     assert all("lora_" in name for name in trained)
     for projection in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         assert any(projection in name for name in trained)
+
+
+def test_a_scaled_guide_has_scaled_logits_and_so_has_what_it_is_made_again_from(tmp_path: Path) -> None:
+    model = silence_output(llama(), 2, seed=3)
+    torch.nn.init.normal_(model.get_output_embeddings().map.up)
+    save_map(model, tmp_path / "adapter")
+    merge_adapter(llama(), tmp_path / "adapter").save_pretrained(tmp_path)
+    with torch.inference_mode():
+        before = AutoModelForCausalLM.from_pretrained(tmp_path)(TOKENS).logits
+        scale_guide(tmp_path, 0.5)
+        after = AutoModelForCausalLM.from_pretrained(tmp_path)(TOKENS).logits
+        made_again = merge_adapter(llama(), tmp_path / "adapter")(TOKENS).logits
+    torch.testing.assert_close(after, 0.5 * before)
+    torch.testing.assert_close(made_again, after)
+    assert not list(tmp_path.rglob("*partial*"))
+
+
+def test_a_guide_whose_embedding_is_its_output_layer_cannot_be_scaled(tmp_path: Path) -> None:
+    save(llama(tie_word_embeddings=True), tmp_path / "tied")
+    with pytest.raises(InvalidConfiguration, match="leave --scale out"):
+        scale_guide(tmp_path / "tied", 0.5)

@@ -140,5 +140,5 @@ def test_what_was_said_before_is_not_fresh() -> None:
     turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]
     assert freshness(turns, "A b, c e.") == pytest.approx(1 / 3)
     assert freshness("x", "no no no no") == pytest.approx(1 / 3)
-    assert fresh_positivity("x", "I love it.") == sentence_positivity("x", "I love it.") + 0.5
+    assert fresh_positivity("x", "I love it.") == sentence_positivity("x", "I love it.") + 1
     assert fresh_plainness("I love it.", "I love it.") == sentence_plainness("x", "I love it.")

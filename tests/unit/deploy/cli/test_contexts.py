@@ -30,7 +30,12 @@ def made(folder: Path) -> list[dict[str, str]]:
 def test_beginnings_end_with_sentences() -> None:
     assert contexts.beginnings(LONG, 500) == [LONG[:37], LONG[:65], LONG[:78], LONG[:83]]
     assert contexts.beginnings(LONG, 70) == [LONG[:37], LONG[:65]]
-    assert contexts.beginnings("It said. " * 30, 500) == [], "nothing goes on from an answer that is stuck"
+
+
+def test_a_text_that_is_stuck_begins_where_it_has_become_so() -> None:
+    assert contexts.beginnings("It said. " * 30, 500) == ["It said. " * 7 + "It said."]
+    assert contexts.beginnings("It said. " * 30, 20) == [], "it lies beyond twice the limit"
+    assert contexts.beginnings("and happy " * 30, 500) == [], "no sentence ends"
 
 
 def test_a_prompt_comes_alone_and_with_the_beginnings_of_its_answers(model: str, tmp_path: Path) -> None:
