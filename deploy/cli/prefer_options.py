@@ -12,12 +12,11 @@ from actors.coordinator.request import GenerationRequest, invalid_request
 from actors.training.rewards import EXAMPLE
 from cluster.errors import InvalidConfiguration
 from deploy.cli.batch import parse_json
-from deploy.jobs.prefer.sampling import DTYPES
 
 MIN_TEMPERATURE = 0.01
 """Below, the samples of a prompt are all the same."""
 
-LOCAL_DEFAULTS = {"dtype": "float32", "batch": 10, "sentence": None}
+LOCAL_DEFAULTS = {"dtype": "auto", "batch": 10, "sentence": None}
 SERVICE_DEFAULTS = {"profile": None, "weights": None, "concurrency": 16}
 
 
@@ -103,7 +102,9 @@ def _add_ways_of_sampling(parser: argparse.ArgumentParser) -> None:
         help="cut answers off at the end of the first sentence behind N tokens: pairs of sentences after the same "
         "beginning teach more a token than whole answers, where the reward is one of sentences",
     )
-    local.add_argument("--dtype", choices=list(DTYPES), help="bfloat16 is fast on CPUs that have it (float32)")
+    local.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16"], help="bfloat16 on processors that have it (auto)"
+    )
     local.add_argument("--batch", type=int, metavar="N", help="prompts at a time (10)")
 
 

@@ -14,7 +14,7 @@ halves() { # prompts, answers, then options of deploy.prefer
   shift 2
   split -n l/2 -d --additional-suffix=.jsonl "$prompts" results/half-
   for half in 00 01; do
-    OMP_NUM_THREADS=1 python -m deploy.prefer --model $B --dtype bfloat16 --prompts results/half-$half.jsonl \
+    OMP_NUM_THREADS=1 python -m deploy.prefer --model $B --prompts results/half-$half.jsonl \
       --answers "${answers%.jsonl}-$half.jsonl" --output results/unused-$half.jsonl "$@" &
     jobs+=($!)
   done
@@ -31,7 +31,7 @@ python -m deploy.contexts --answers results/answers.jsonl --model $B --output re
 halves results/contexts.jsonl results/sentences.jsonl --sentence 14 --max-tokens 48 --samples 6 --top-p 0.95 \
   --seed 3 --batch 16 --reward $R:fresh_positivity
 for NAME in positivity plainness; do
-  python -m deploy.prefer --model $B --dtype bfloat16 --prompts results/contexts.jsonl \
+  python -m deploy.prefer --model $B --prompts results/contexts.jsonl \
     --answers results/sentences.jsonl --sentence 14 --max-tokens 48 --samples 6 --top-p 0.95 --seed 3 \
     --margin 0.6 --pairs-per-prompt 0 --reward $R:fresh_$NAME --output results/$NAME.jsonl
 done

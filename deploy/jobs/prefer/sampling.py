@@ -20,8 +20,7 @@ from deploy.jobs.batch.lines import Line, derive_seed
 from deploy.jobs.prefer.answers import Answer, Answers, Asked
 from deploy.jobs.progress import Progress
 from deploy.jobs.requests import PAUSES_S, Generate, answer_all
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from deploy.jobs.training.run import choose_dtype
 
 Record = Callable[[Asked, Sequence[Answer]], None]
 """Takes a prompt and all of its answers."""
@@ -39,7 +38,8 @@ def sample_locally(
         tokenizer: Any = load_tokenizer(str(options.model))
         ends = end_tokens(str(options.model), tokenizer)
         # Eager attention is the fastest in bfloat16 on CPUs.
-        model: Any = load_whole(options.model, dtype=DTYPES[options.dtype], attn_implementation="eager").eval()
+        dtype = getattr(torch, choose_dtype(options.dtype, on_gpu=False))
+        model: Any = load_whole(options.model, dtype=dtype, attn_implementation="eager").eval()
     except InvalidConfiguration as error:
         raise InvalidConfiguration(f"--model: {str(error).removeprefix('model: ')}") from error
     except (OSError, ValueError) as error:
