@@ -17,10 +17,13 @@ serve: $(VENV)/installed models
 	$(BIN)/python -m deploy.check deploy.yaml
 	RAY_SERVE_PROXY_USE_GRPC=1 RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS=1 $(BIN)/python -m deploy.start deploy.yaml
 
-# The whole test suite. TESTS="tests/unit" runs a part of it.
-TESTS ?= tests
+# The whole test suite, units in as many processes as there are cores. TESTS="tests/unit" runs a part of it.
+TESTS ?= tests/unit tests/cluster
 test: $(VENV)/installed-dev models
-	$(BIN)/python -m pytest $(TESTS)
+	set -e; for part in $(TESTS); do \
+		case $$part in tests/unit*) several="--numprocesses auto --dist loadfile" ;; *) several= ;; esac; \
+		$(BIN)/python -m pytest $$several $$part; \
+	done
 
 # What no honest client sends: 10,000 hostile requests, the OpenAPI schema's corners, broken bytes on every port; some
 # minutes. `make test` has a small sample of it. FUZZ=1000 sends fewer.
