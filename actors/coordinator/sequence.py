@@ -12,7 +12,7 @@ from actors.api import Piece as Piece
 from actors.api import Resume, Sampling, Usage
 from actors.coordinator.text import TextWriter
 from actors.guidance import Spelled
-from actors.guidance.output import OutputFunction
+from actors.guidance.lm_head import OutputFunction
 from cluster.errors import ReplicaLost, TrimtabError
 from cluster.exchange import Rows, Work
 

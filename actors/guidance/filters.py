@@ -2,7 +2,7 @@
 before an end. Both are found without a sort.
 
 A row is float32 [V], its best logit finite; a token's score is (z - max z) / T in float64, as in `kernels`. Calls
-nothing of `kernels`, whose changes its cache would not see (see `compiled`). No index is checked in compiled code.
+nothing of `kernels`, whose changes its cache would not see (see `actors.jit`). No index is checked in compiled code.
 """
 
 import math
@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.guidance.compiled import compiled
+from actors.jit import compiled
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
