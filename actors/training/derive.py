@@ -254,10 +254,16 @@ def add_adapter(model: Any, *, rank: int, seed: int, alpha: float | None = None)
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
         target_modules="all-linear",
+        exclude_modules=[name for name, module in model.named_modules() if _is_of_its_own(module)] or None,
         modules_to_save=["map"] if isinstance(model.get_output_embeddings(), SilentOutput) else None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, settings)
+
+
+def _is_of_its_own(module: nn.Module) -> bool:
+    """Whether a projection computes more than one, as routers do that give several tensors: none for an adapter."""
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
 def adapter_reach(model: Any) -> float:
@@ -268,7 +274,8 @@ def adapter_reach(model: Any) -> float:
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     outside = {id(module.weight) for module in (*embeddings, model.get_output_embeddings())}
     sizes = {id(weight): weight.numel() for weight in model.parameters() if weight.dim() >= 2}
-    projections = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    projections = [module for module in linear if not _is_of_its_own(module)]
     reached = sum(sizes[weight] for weight in {id(module.weight) for module in projections} - outside)
     return reached / sum(size for weight, size in sizes.items() if weight not in outside)
 

@@ -38,11 +38,18 @@ def own_logits(model: PreTrainedModel, max_context: int) -> Tensor:
     """Return a model's own logits [P, V] for a few tokens, on the processor, for `verify`.
 
     Raises:
-        InvalidConfiguration: they are not finite.
+        InvalidConfiguration: they are not finite, or the model cannot compute them.
     """
     with own_attention(model), torch.inference_mode():
         tokens = torch.tensor([_tokens(model.get_input_embeddings().weight.shape[0], max_context)], device=model.device)
-        logits_PV: Tensor = model(tokens, use_cache=False).logits[0].to(model.dtype).cpu()
+        try:
+            logits_PV: Tensor = model(tokens, use_cache=False).logits[0].to(model.dtype).cpu()
+        except Exception as error:
+            # A configuration may fit no forward call of its own class.
+            raise InvalidConfiguration(
+                f"model {model_name(model)}: it cannot compute logits of its own: {type(error).__name__}: {error}. "
+                "Correct its config.json."
+            ) from error
     if not logits_PV.isfinite().all():
         raise InvalidConfiguration(
             f"model {model_name(model)}: its logits are not finite in {model.dtype}. "
