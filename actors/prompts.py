@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jinja2
 
@@ -14,6 +14,7 @@ class Message(TypedDict):
 
     role: str
     content: str
+    name: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,29 +4,26 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from importlib import metadata
 from typing import Any
 
 import ray
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from actors.api import Piece
-from actors.coordinator.request import parse_request
+from actors.coordinator.request import check_model, parse_request
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, Profile, parse_guidance
 from cluster.delivery import Feed, Inbox
 from cluster.errors import ReplicaLost, TrimtabError
 from cluster.tls import Tls
 from deploy.access import Access, Guard, caller_of
 from deploy.attempts import REPEATABLE, Attempts, own_errors
+from deploy.facts import Facts
 from deploy.openai_schema import Answer, ChatCompletionRequest, CompletionRequest, TextRequest
 from deploy.responses import ERRORS, RETRY_AFTER_S, STREAMS, answer_errors, stream_events
-
-ASK_GUIDE_S = 2.0
-"""For a guide's recommended weight, which a list of models can do without."""
 
 ABSENCE_S = 10
 """The coordinator's own deadline comes first and says more; so much later, there is none that could."""
@@ -58,7 +55,7 @@ class Gateway:
         self._coordinator = coordinator
         self._deadline_s = settings.limits.deadline_s
         self._guidance = GuidanceSettings()
-        self._recommended: dict[str, float | None] = {}
+        self._facts = Facts()
         self._inbox: Inbox | None = None
         self._starting = asyncio.Lock()
 
@@ -69,13 +66,13 @@ class Gateway:
             InvalidConfiguration: the settings cannot be used; the old ones stay.
         """
         self._guidance = parse_guidance(user_config)
-        self._recommended.clear()
 
     def check_health(self) -> None:
         """Raise `InvalidConfiguration` if strangers can reach the service and nobody needs a key (for Serve)."""
         self.access.check_exposure()
 
     @app.get("/health")
+    @app.head("/health", include_in_schema=False)
     async def health(self) -> Response:
         """Whether the base and every configured guide can be used: 200, or 503 that names what is missing."""
         wanted = ["trimtab-base", *(f"trimtab-guide-{name}" for name in self._guidance.guides)]
@@ -85,36 +82,44 @@ class Gateway:
             return JSONResponse({"status": "starting", "missing": missing}, 503, {"Retry-After": str(RETRY_AFTER_S)})
         return JSONResponse({"status": "ready"})
 
+    @app.get("/version")
+    async def version(self) -> dict[str, str]:
+        """The service's version."""
+        return {"version": metadata.version("trimtab")}
+
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:
         """The profiles as models, each with its guidance, and the weights that the guides recommend."""
-        profiles = {NO_GUIDANCE: Profile(), **dict(sorted(self._guidance.profiles.items()))}
-        recommended = await asyncio.gather(*map(self._recommended_weight, self._guidance.guides))
-        weights = dict(zip(self._guidance.guides, recommended, strict=True))
+        guides = self._guidance.guides
+        max_context, *recommended = await asyncio.gather(
+            self._facts.ask("trimtab-base", "max_context"),
+            *(self._facts.ask(f"trimtab-guide-{guide}", "recommended_weight") for guide in guides),
+        )
         return {
             "object": "list",
-            "data": [
-                {"id": name, "object": "model", "created": 0, "owned_by": "trimtab"}
-                | {"guidance": {"weights": profile.weights, "sampling": profile.sampling.given()}}
-                for name, profile in profiles.items()
+            "data": [self._describe(name, max_context) for name in (NO_GUIDANCE, *sorted(self._guidance.profiles))],
+            "guides": [
+                {"id": name, "recommended_weight": weight} for name, weight in zip(guides, recommended, strict=True)
             ],
-            "guides": [{"id": name, "recommended_weight": weight} for name, weight in weights.items()],
         }
 
-    async def _recommended_weight(self, guide: str) -> float | None:
-        """What the guide's calibration says; none also where the guide is not there to be asked."""
-        if guide not in self._recommended:
-            call: DeploymentResponse | None = None
-            try:
-                handle = await asyncio.to_thread(serve.get_app_handle, f"trimtab-guide-{guide}")
-                call = handle.recommended_weight.remote()
-                async with asyncio.timeout(ASK_GUIDE_S):
-                    self._recommended[guide] = await call
-            except (RayError, RayServeException, TimeoutError):
-                if call is not None:
-                    call.cancel()
-                return None
-        return self._recommended[guide]
+    @app.get("/v1/models/{model}")
+    async def model(self, model: str) -> dict[str, Any]:
+        """One of the profiles."""
+        check_model(self._guidance, model)
+        return self._describe(model, await self._facts.ask("trimtab-base", "max_context"))
+
+    def _describe(self, name: str, max_context: int | None) -> dict[str, Any]:
+        """A profile as OpenAI describes a model."""
+        profile = self._guidance.profiles.get(name, Profile())
+        return {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "trimtab",
+            "max_model_len": max_context,
+            "guidance": {"weights": profile.weights, "sampling": profile.sampling.given()},
+        }
 
     @app.post("/v1/completions", responses=STREAMS)
     async def completions(self, request: CompletionRequest, http: Request) -> Response:
@@ -128,7 +133,7 @@ class Gateway:
 
     async def _answer(self, request: CompletionRequest | ChatCompletionRequest, http: Request) -> Response:
         # What is wrong whatever the models are needs no coordinator, whose log would tell it as a failure.
-        parse_request(self._guidance, request.fields(), self._deadline_s)
+        parse_request(self._guidance, self._fields(request), self._deadline_s)
         request.is_for(caller_of(http.scope))
         answer = Answer(request)
         if not request.stream:
@@ -139,9 +144,12 @@ class Gateway:
         events = stream_events(answer, first, pieces, with_usage=request.wants_usage_chunk)
         return StreamingResponse(events, media_type="text/event-stream")
 
+    def _fields(self, request: TextRequest) -> dict[str, Any]:
+        return request.fields(self._guidance.profiles)
+
     async def _generate(self, request: TextRequest) -> Piece:
         """A whole answer; given up when the client leaves."""
-        attempts = Attempts(request.fields(), deadline_s=self._deadline_s)
+        attempts = Attempts(self._fields(request), deadline_s=self._deadline_s)
         while True:
             call = self._coordinator.generate.remote(**attempts.fields())
             answer: Piece | None = None
@@ -158,7 +166,7 @@ class Gateway:
 
     async def _stream(self, request: TextRequest) -> AsyncGenerator[list[Piece], None]:
         """An answer in pieces, as many at a time as there are; given up when the client leaves."""
-        attempts = Attempts(request.fields(), deadline_s=self._deadline_s)
+        attempts = Attempts(self._fields(request), deadline_s=self._deadline_s)
         while not attempts.is_finished:
             try:
                 async with aclosing(self._read(attempts)) as batches:

@@ -1,20 +1,37 @@
 """The HTTP API's bodies: OpenAI's completions and chat completions, and one field more, `guidance`.
 
-Requests hold the fields that are supported and no others, so that nothing is silently ignored.
+Requests hold the fields that are supported and no others, so that nothing is silently ignored. Fields of OpenAI's that
+cannot change a text are taken, and of those that are not supported the values that change nothing; see docs/api.md.
 """
 
 import time
 import uuid
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from actors.api import FinishReason, Piece, Usage
 from actors.coordinator.admission import Caller
-from actors.coordinator.request import ChatMessage, StopStrings, Text
-from actors.settings import ProfileWeight
+from actors.coordinator.request import (
+    ChatMessage,
+    GenerationRequest,
+    Integer,
+    Text,
+    TextOptions,
+    Weights,
+    as_integer,
+    without_nulls,
+)
+from actors.settings import Profile
 
 ErrorType = Literal["invalid_request_error", "overloaded_error", "server_error"]
+
+COMPLETION_TOKENS = 16
+"""What /v1/completions writes where nobody says how much, as OpenAI's does."""
+
+One = Annotated[Literal[1], BeforeValidator(as_integer)]
+Zero = Annotated[Literal[0], BeforeValidator(as_integer)]
 
 
 class Guidance(BaseModel):
@@ -22,8 +39,13 @@ class Guidance(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    weights: dict[str, ProfileWeight]
+    weights: Weights | None = None
     """By guide, in place of the profile's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, guidance: Any) -> Any:
+        return without_nulls(guidance)
 
 
 class StreamOptions(BaseModel):
@@ -34,25 +56,54 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
     """Whether a last chunk gives the token counts."""
 
+    include_obfuscation: bool = False
+    """Without effect: no chunk is padded to hide how long its text is."""
 
-class TextRequest(BaseModel):
-    """What both endpoints take."""
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, options: Any) -> Any:
+        return without_nulls(options)
+
+
+class PlainText(BaseModel):
+    """A response format that asks for nothing."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    type: Literal["text"]
+
+
+class WithoutEffect(BaseModel):
+    """Fields of OpenAI's that are taken, since they cannot change a text."""
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class NotSupported(BaseModel):
+    """Fields of which only the values are taken that change nothing."""
+
+    n: One = 1
+    frequency_penalty: Zero = 0
+    presence_penalty: Zero = 0
+    repetition_penalty: One = 1
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] = {}
+    ignore_eos: Literal[False] = False
+
+
+class TextRequest(TextOptions, WithoutEffect, NotSupported):
+    """What both endpoints take."""
+
     model: str
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    seed: int | None = None
-    stop: StopStrings | None = None
+    """A profile: a named set of weights."""
+
     stream: bool = False
     stream_options: StreamOptions | None = None
     guidance: Guidance | None = None
-    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Seconds until the last token, at most the service's own deadline."""
 
     _caller: Caller | None = PrivateAttr(default=None)
 
@@ -71,10 +122,10 @@ class TextRequest(BaseModel):
         """Note whom the request is for, which no body can say."""
         self._caller = caller
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self, profiles: Mapping[str, Profile]) -> dict[str, Any]:
         """The request as the coordinator takes it: what was given, by the coordinator's names."""
-        given = self.model_dump(exclude_none=True, exclude={"stream", "stream_options", "guidance"})
-        if self.guidance is not None:
+        given = self.model_dump(exclude_unset=True, include=set(GenerationRequest.model_fields))
+        if self.guidance is not None and self.guidance.weights is not None:
             given["weights"] = self.guidance.weights
         if self._caller is not None:
             given["caller"] = self._caller
@@ -85,14 +136,30 @@ class CompletionRequest(TextRequest):
     """Body of POST /v1/completions."""
 
     prompt: Text
+    best_of: One = 1
+    echo: Literal[False] = False
+
+    def fields(self, profiles: Mapping[str, Profile]) -> dict[str, Any]:
+        """The request as the coordinator takes it; the length that nobody has said is OpenAI's."""
+        given = super().fields(profiles)
+        profile = profiles.get(self.model)
+        if "max_tokens" not in given and (profile is None or profile.sampling.max_tokens is None):
+            given["max_tokens"] = COMPLETION_TOKENS
+        return given
 
 
 class ChatCompletionRequest(TextRequest):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: Integer | None = Field(default=None, ge=1)
     """OpenAI's newer name of max_tokens."""
+
+    logprobs: Literal[False] = False
+    response_format: PlainText | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] = []
+    tool_choice: Literal["none", "auto"] = "none"
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _name_the_limit_once(self) -> "ChatCompletionRequest":
@@ -100,11 +167,11 @@ class ChatCompletionRequest(TextRequest):
             raise ValueError("give max_tokens or max_completion_tokens, not both")
         return self
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self, profiles: Mapping[str, Profile]) -> dict[str, Any]:
         """The request as the coordinator takes it."""
-        given = super().fields()
-        if "max_completion_tokens" in given:
-            given["max_tokens"] = given.pop("max_completion_tokens")
+        given = super().fields(profiles)
+        if self.max_completion_tokens is not None:
+            given["max_tokens"] = self.max_completion_tokens
         return given
 
 

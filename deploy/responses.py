@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from actors.api import Piece
 from actors.coordinator.request import invalid_request
 from cluster.errors import (
+    ContextExceeded,
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
@@ -25,14 +26,15 @@ from cluster.errors import (
 from deploy.json_lines import to_line
 from deploy.openai_schema import Answer, ErrorAnswer, ErrorDetail, ErrorType
 
-STATUS: dict[type[BaseException], tuple[int, ErrorType]] = {
-    UnknownModel: (404, "invalid_request_error"),
-    InvalidRequest: (400, "invalid_request_error"),
-    Overloaded: (429, "overloaded_error"),
-    ReplicaLost: (503, "server_error"),
-    DeadlineExceeded: (504, "server_error"),
+STATUS: dict[type[BaseException], tuple[int, ErrorType, str | None]] = {
+    UnknownModel: (404, "invalid_request_error", "model_not_found"),
+    ContextExceeded: (400, "invalid_request_error", "context_length_exceeded"),
+    InvalidRequest: (400, "invalid_request_error", None),
+    Overloaded: (429, "overloaded_error", "rate_limit_exceeded"),
+    ReplicaLost: (503, "server_error", None),
+    DeadlineExceeded: (504, "server_error", None),
 }
-"""HTTP status and OpenAI error type of every error that a caller must tell apart; all others are 500."""
+"""HTTP status, OpenAI error type and code of every error that a caller must tell apart; all others are 500."""
 
 HTTP_NAMES = {"weights": "guidance.weights"}
 """Fields that the coordinator knows by another name."""
@@ -105,11 +107,12 @@ def _event(body: dict[str, Any]) -> str:
 def _describe(error: BaseException) -> tuple[int, ErrorDetail]:
     """The HTTP status and body for an error, or for its cause if Ray carried it here."""
     cause = getattr(error, "cause", None) or error
-    for kind, (status, error_type) in STATUS.items():
+    for kind, (status, error_type, code) in STATUS.items():
         if isinstance(cause, kind):
             field: str | None = getattr(cause, "field", None)
             param = HTTP_NAMES.get(field, field) if field else None
-            return status, ErrorDetail(message=_readable(str(cause)), type=error_type, param=param and _readable(param))
+            param = param and _readable(param)
+            return status, ErrorDetail(message=_readable(str(cause)), type=error_type, param=param, code=code)
     return 500, ErrorDetail(message=_readable(f"{type(cause).__name__}: {in_brief(cause)}"), type="server_error")
 
 
@@ -126,10 +129,17 @@ async def _answer_failure(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": detail.model_dump()}, status, headers)
 
 
-async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
+async def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
     """An unknown path or method, or a body that cannot be decoded."""
     assert isinstance(error, HTTPException)
-    detail = ErrorDetail(message=str(error.detail), type="invalid_request_error")
+    message = str(error.detail)
+    if error.status_code == 404:
+        path = request.url.path.rstrip("/")
+        paths = request.app.openapi()["paths"]
+        meant = next((known for known in (path, f"/v1{path}", path.removeprefix("/v1")) if known in paths), None)
+        remedy = f"use {meant} (a client's base URL ends in /v1)" if meant else "/openapi.json lists those there are"
+        message = f"there is no path {_readable(request.url.path)}; {remedy}"
+    detail = ErrorDetail(message=_readable(message), type="invalid_request_error")
     return JSONResponse({"error": detail.model_dump()}, error.status_code, error.headers)
 
 

@@ -65,6 +65,12 @@ NAMES = [
         "_caller",
         "logit_bias",
         "tools",
+        "best_of",
+        "echo",
+        "metadata",
+        "user",
+        "response_format",
+        "frequency_penalty",
     ),
     *("", "\ud800", "__class__", "x" * 3000, "a.b", "prompt\0"),
 ]
@@ -125,7 +131,8 @@ def _odd_fields(chance: random.Random) -> Hostile:
 
 def _odd_messages(chance: random.Random) -> Hostile:
     message: dict[Any, Any] = {"role": "user", "content": "hi"}
-    message[chance.choice(["role", "content", "name", "tool_calls", "\ud800"])] = chance.choice(VALUES)
+    name = chance.choice(["role", "content", "name", "tool_calls", "refusal", "audio", "\ud800"])
+    message[name] = chance.choice(VALUES)
     if chance.random() < 0.3:
         message["content"] = [{"type": "text", "text": chance.choice(VALUES)} for _ in range(chance.choice([1, 50]))]
     return Hostile(

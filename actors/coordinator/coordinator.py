@@ -26,7 +26,7 @@ from actors.leases import BaseDescription, Lease
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
 from actors.telemetry import Telemetry
 from cluster.delivery import Destination, Outlets, Receipt
-from cluster.errors import DeadlineExceeded, InvalidConfiguration, InvalidRequest, TrimtabError
+from cluster.errors import ContextExceeded, DeadlineExceeded, InvalidConfiguration, InvalidRequest, TrimtabError
 from cluster.exchange import StepStream
 from cluster.tls import Tls
 
@@ -230,14 +230,14 @@ def _max_tokens(request: Generation, leases: Mapping[str, Lease]) -> int:
     """How many tokens the answer may have.
 
     Raises:
-        InvalidRequest: prompt and answer would not fit into a model's context.
+        ContextExceeded: prompt and answer would not fit into a model's context.
     """
     room = {name: lease.max_context - len(lease.prompt_tokens) for name, lease in leases.items()}
     if request.max_tokens is None:
         return min(room.values())
     for name, lease in leases.items():
         if request.max_tokens > room[name]:
-            raise InvalidRequest(
+            raise ContextExceeded(
                 f"max_tokens: {len(lease.prompt_tokens)} prompt tokens and {request.max_tokens} new ones are more than "
                 f"the context limit of {name!r}, {lease.max_context} tokens; ask for at most {room[name]}",
                 "max_tokens",

@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from actors.api import Sampling
 from actors.prompts import Message, Prompt
@@ -13,6 +21,29 @@ from actors.settings import AUTO, NO_GUIDANCE, GuidanceSettings, ProfileWeight
 from cluster.errors import InvalidRequest, UnknownModel
 
 MAX_STOP_STRINGS = 16
+
+
+def without_nulls(fields: Any) -> Any:
+    """Return an object without its fields that are null: to send null is to leave a field out."""
+    return {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
+
+
+def as_integer(value: Any) -> Any:
+    """Return a number like 16.0 as an integer, and all else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(as_integer)]
+"""JSON has one kind of number, and some clients write whole ones as 16.0."""
+
+Weights = Annotated[dict[str, ProfileWeight], BeforeValidator(without_nulls)]
+"""By guide."""
+
+Nothing = Annotated[
+    None, BeforeValidator(lambda value: None if value in ([], {}, "") else value), WithJsonSchema({"enum": [None, []]})
+]
+"""A part of a message that may be there, but only empty."""
+
 Text = Annotated[str, Field(max_length=4_000_000)]
 """More than any context holds. Half a surrogate pair, which has no tokens, is no text either."""
 
@@ -45,39 +76,63 @@ class ChatMessage(BaseModel):
     ]
     """A text, or parts of one."""
 
+    name: Annotated[str, Field(max_length=1000)] | None = None
+    """Of who speaks; what becomes of it is the chat template's affair."""
+
+    refusal: Nothing = None
+    annotations: Nothing = None
+    audio: Nothing = None
+    function_call: Nothing = None
+    tool_calls: Nothing = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, message: Any) -> Any:
+        return without_nulls(message)
+
     def plain(self) -> Message:
         """Return the turn with its text in one piece."""
-        return Message(role=self.role, content="".join(part.text for part in self.content))
+        message = Message(role=self.role, content="".join(part.text for part in self.content))
+        return message if self.name is None else {**message, "name": self.name}
 
 
-class GenerationRequest(BaseModel):
-    """What a caller may ask for. Fields that are absent take the field's usual meaning."""
+class TextOptions(BaseModel):
+    """How an answer is written: the fields that HTTP and Python callers share."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    max_tokens: Integer | None = Field(default=None, ge=1)
+    """At most so many tokens; up to the context limit if absent."""
+
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: Integer = Field(default=0, ge=-1)
+    """0 and -1 keep all tokens."""
+
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    seed: Integer | None = None
+    stop: StopStrings = []
+    """Texts that end the answer; they are not part of it."""
+
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds from the request's arrival to its last token, at most `limits.deadline_s`, which holds if absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, fields: Any) -> Any:
+        return without_nulls(fields)
+
+
+class GenerationRequest(TextOptions):
+    """What a caller may ask for. Fields that are absent take the field's usual meaning."""
 
     prompt: Text | None = None
     messages: list[ChatMessage] | None = None
     model: str = NO_GUIDANCE
     """A profile: a named set of weights."""
 
-    weights: dict[str, ProfileWeight] | None = None
+    weights: Weights | None = None
     """Weights by guide, in place of the profile's; `auto` is what the guide's own calibration recommends."""
-
-    max_tokens: int | None = Field(default=None, ge=1)
-    """At most so many tokens; up to the context limit if absent."""
-
-    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=-1)
-    """0 and -1 keep all tokens."""
-
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    seed: int | None = None
-    stop: StopStrings = []
-    """Texts that end the answer; they are not part of it."""
-
-    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Seconds from the request's arrival to its last token, at most `limits.deadline_s`, which holds if absent."""
 
     @model_validator(mode="after")
     def _need_one_prompt(self) -> "GenerationRequest":
@@ -146,16 +201,20 @@ def _defaults(guidance: GuidanceSettings, model: Any) -> Mapping[str, float]:
     return {} if profile is None else profile.sampling.given()
 
 
-def _choose_weights(guidance: GuidanceSettings, request: GenerationRequest) -> dict[str, float | None]:
-    if request.model == NO_GUIDANCE:
-        weights: Mapping[str, Any] = {}
-    elif request.model in guidance.profiles:
-        weights = guidance.profiles[request.model].weights
-    else:
+def check_model(guidance: GuidanceSettings, model: str) -> None:
+    """Raise `UnknownModel` if a name is neither a profile's nor the base's."""
+    if model != NO_GUIDANCE and model not in guidance.profiles:
         known = ", ".join([NO_GUIDANCE, *sorted(guidance.profiles)])
-        raise UnknownModel(f"there is no model {request.model!r}; models are: {known}", "model")
+        raise UnknownModel(f"there is no model {model!r}; models are: {known}", "model")
+
+
+def _choose_weights(guidance: GuidanceSettings, request: GenerationRequest) -> dict[str, float | None]:
+    check_model(guidance, request.model)
+    weights: Mapping[str, Any] = {}
     if request.weights is not None:
         weights = request.weights
+    elif request.model in guidance.profiles:
+        weights = guidance.profiles[request.model].weights
     unknown = sorted(set(weights) - set(guidance.guides))
     if unknown:
         known = ", ".join(sorted(guidance.guides)) or "none"
@@ -169,7 +228,7 @@ def invalid_request(complaint: Mapping[str, Any]) -> InvalidRequest:
     """Return one of pydantic's complaints as an error that names the field and its value."""
     # A key may be the empty text.
     field = ".".join(str(part) for part in complaint["loc"]) or ('""' if complaint["loc"] else None)
-    if complaint["type"] == "extra_forbidden":
+    if complaint["type"] in ("extra_forbidden", "none_required"):
         return InvalidRequest(f"{field} is not supported; leave it out", field)
     if complaint["type"] == "missing":
         return InvalidRequest(f"{field or 'the body'} is missing", field)

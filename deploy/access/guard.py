@@ -118,7 +118,8 @@ class Access:
         """Count a request that is open here; raise `Denied` if there are too many."""
         if self._num_open >= self.limits.max_open_requests:
             message = f"{self._num_open} requests are open, which is the limit; try again later"
-            raise Denied(429, message, kind="overloaded_error", headers={"Retry-After": "1"})
+            headers = {"Retry-After": "1"}
+            raise Denied(429, message, code="rate_limit_exceeded", kind="overloaded_error", headers=headers)
         self._num_open += 1
         try:
             yield

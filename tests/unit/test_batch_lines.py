@@ -50,7 +50,7 @@ def test_weights_may_be_spelt_as_in_http() -> None:
         (b'{"prompt": "x", "seed": "1"}', "seed", "integer"),
         (b'{"prompt": "x", "id": true}', "id", "string"),
         (b'{"prompt": "x", "weights": {}, "guidance": {"weights": {}}}', None, "not both"),
-        (b'{"prompt": "x", "guidance": {"weight": {}}}', "guidance", "missing"),
+        (b'{"prompt": "x", "guidance": {"weight": {}}}', "guidance.weight", "not supported"),
     ],
 )
 def test_a_bad_line_says_why(raw: bytes, field: str | None, told: str) -> None:

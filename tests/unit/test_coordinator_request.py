@@ -91,9 +91,26 @@ def test_an_unknown_profile_lists_those_there_are() -> None:
         parse({"prompt": "x", "model": "nicer"})
 
 
+def test_whole_floats_are_integers() -> None:
+    request = parse({"prompt": "x", "max_tokens": 16.0, "seed": 3.0, "top_k": 5.0})
+    assert (request.max_tokens, request.sampling.seed, request.sampling.top_k) == (16, 3, 5)
+
+
+def test_a_message_may_bring_what_an_answer_has() -> None:
+    extras: dict[str, Any] = {"refusal": None, "annotations": [], "audio": None, "function_call": {}, "tool_calls": []}
+    messages = [{"role": "user", "content": "hi", "name": "Ann"}, {"role": "assistant", "content": "ho", **extras}]
+    assert parse({"messages": messages}).prompt.messages == [
+        {"role": "user", "content": "hi", "name": "Ann"},
+        {"role": "assistant", "content": "ho"},
+    ]
+    with pytest.raises(InvalidRequest, match=r"messages\.0\.tool_calls is not supported"):
+        parse({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]})
+
+
 def test_none_is_absent() -> None:
     nothing = dict.fromkeys(("weights", "max_tokens", "temperature", "top_p", "stop", "messages"))
     assert parse({**nothing, "prompt": "x", "seed": 1}) == parse({"prompt": "x", "seed": 1})
+    assert parse({"prompt": "x", "weights": {"kind": None, "terse": 1}}).weights == {"terse": 1}
 
 
 def test_a_request_may_have_a_shorter_time() -> None:
