@@ -3,8 +3,8 @@
 Imports nothing that computes, so that a process that holds no model needs no torch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 FinishReason = Literal["stop", "length"]
@@ -38,6 +38,31 @@ class Sampling:
     def signed_seed(self) -> int:
         """The int64 with the seed's low 64 bits."""
         return (self.seed + 2**63) % 2**64 - 2**63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shaping:
+    """What one request changes of its logits before it draws. Each part is off unless it is given."""
+
+    repetition_penalty: float = 1.0
+    """For tokens that prompt or output hold: the base's logit is divided by it if positive, else multiplied."""
+
+    frequency_penalty: float = 0.0
+    """Taken from a token's merged logit for each time that the output holds it."""
+
+    presence_penalty: float = 0.0
+    """Taken once from those that the output holds."""
+
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the merged logits, by token."""
+
+    min_tokens: int = 0
+    """Length of the output before which no token can end it."""
+
+    @property
+    def is_none(self) -> bool:
+        """Whether nothing is changed."""
+        return self == Shaping()
 
 
 class Usage(TypedDict):

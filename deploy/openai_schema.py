@@ -31,7 +31,6 @@ COMPLETION_TOKENS = 16
 """What /v1/completions writes where nobody says how much, as OpenAI's does."""
 
 One = Annotated[Literal[1], BeforeValidator(as_integer)]
-Zero = Annotated[Literal[0], BeforeValidator(as_integer)]
 
 
 class Guidance(BaseModel):
@@ -88,11 +87,6 @@ class NotSupported(BaseModel):
     """Fields of which only the values are taken that change nothing."""
 
     n: One = 1
-    frequency_penalty: Zero = 0
-    presence_penalty: Zero = 0
-    repetition_penalty: One = 1
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] = {}
-    ignore_eos: Literal[False] = False
 
 
 class TextRequest(TextOptions, WithoutEffect, NotSupported):

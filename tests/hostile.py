@@ -71,6 +71,10 @@ NAMES = [
         "user",
         "response_format",
         "frequency_penalty",
+        "repetition_penalty",
+        "stop_token_ids",
+        "min_tokens",
+        "ignore_eos",
     ),
     *("", "\ud800", "__class__", "x" * 3000, "a.b", "prompt\0"),
 ]

@@ -22,6 +22,7 @@ from actors.coordinator.tenancy import Tenancy
 from actors.coordinator.text import TextWriter
 from actors.guidance import Spelled
 from actors.guidance.drawing import warm_up
+from actors.guidance.shaping import Shaper
 from actors.leases import BaseDescription, Lease
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
 from actors.telemetry import Telemetry
@@ -168,6 +169,11 @@ class Coordinator:
             if lease.base_vocabulary != base.base_vocabulary:
                 raise InvalidConfiguration(f"guide {name!r} was made for another base; correct `base` in its args")
         description, tokenizer, spelled = self._learn(base)
+        _check_tokens(request, spelled)
+        end_tokens = request.stop_tokens | (frozenset() if request.ignores_eos else description.end_tokens)
+        shaper = None
+        if not request.shaping.is_none:
+            shaper = Shaper(request.shaping, prompt=base.prompt_tokens, end_tokens=end_tokens)
         sequence = LiveSequence(
             voices=[
                 Voice(name, _weight(request, name, leases[name]), None, list(leases[name].prompt_tokens))
@@ -175,9 +181,18 @@ class Coordinator:
             ],
             sampling=request.sampling,
             max_tokens=_max_tokens(request, leases),
-            end_tokens=description.end_tokens,
-            writer=TextWriter(tokenizer, base.prompt_tokens, request.stop),
+            end_tokens=end_tokens,
+            writer=TextWriter(
+                tokenizer,
+                base.prompt_tokens,
+                request.stop,
+                includes_stop=request.includes_stop,
+                shows_special=request.shows_special,
+                min_tokens=request.shaping.min_tokens,
+            ),
             spelled=spelled,
+            shaper=shaper,
+            writes_end=request.includes_stop,
         )
         if resume is not None:
             sequence.resume(resume)
@@ -207,6 +222,15 @@ class Coordinator:
 
     async def __del__(self) -> None:
         await self.close()
+
+
+def _check_tokens(request: Generation, spelled: Spelled) -> None:
+    """Raise `InvalidRequest` if the request names a token that the base does not have."""
+    for field, tokens in (("logit_bias", request.shaping.logit_bias), ("stop_token_ids", request.stop_tokens)):
+        for token in tokens:
+            if token not in spelled:
+                message = f"{field}: the base has no token {token}; its ids go up to {spelled.num_columns - 1}"
+                raise InvalidRequest(message, field)
 
 
 def _weight(request: Generation, name: str, lease: Lease) -> float:

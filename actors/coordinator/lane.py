@@ -230,4 +230,5 @@ def merge_and_draw(sequences: Sequence[LiveSequence]) -> list[int | None]:
         [sequence.sampling for sequence in sequences],
         [len(sequence.output) for sequence in sequences],
         [0] * len(sequences),
+        [sequence.shaper for sequence in sequences],
     )

@@ -1,5 +1,6 @@
 """A request for text: the fields that HTTP and Python callers share, and what they may hold."""
 
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from pydantic import (
     model_validator,
 )
 
-from actors.api import Sampling
+from actors.api import Sampling, Shaping
 from actors.prompts import Message, Prompt
 from actors.settings import AUTO, NO_GUIDANCE, GuidanceSettings, ProfileWeight
 from cluster.errors import InvalidRequest, UnknownModel
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKENS = 1024
+MAX_BIASES = 4096
+TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 def without_nulls(fields: Any) -> Any:
@@ -38,6 +42,25 @@ Integer = Annotated[int, BeforeValidator(as_integer)]
 
 Weights = Annotated[dict[str, ProfileWeight], BeforeValidator(without_nulls)]
 """By guide."""
+
+
+def _by_token(biases: Any) -> Any:
+    """Biases by token, whose keys in JSON are texts."""
+    if not isinstance(biases, dict):
+        return biases
+    return {
+        int(token) if isinstance(token, str) and TOKEN_ID.fullmatch(token) else token: bias
+        for token, bias in without_nulls(biases).items()
+    }
+
+
+LogitBias = Annotated[
+    dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASES),
+    BeforeValidator(_by_token),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
+]
+"""What is added to a token's logit, by its id."""
 
 Nothing = Annotated[
     None, BeforeValidator(lambda value: None if value in ([], {}, "") else value), WithJsonSchema({"enum": [None, []]})
@@ -111,8 +134,35 @@ class TextOptions(BaseModel):
 
     min_p: float = Field(default=0.0, ge=0, le=1)
     seed: Integer | None = None
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Taken from a token's merged logit for each time that the output holds it."""
+
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Taken once from those that the output holds."""
+
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    """For tokens that prompt or output hold: divides the base's logit if that is positive, and else multiplies it."""
+
+    logit_bias: LogitBias = {}
+    """Added to the merged logits, by token id of the base."""
+
     stop: StopStrings = []
     """Texts that end the answer; they are not part of it."""
+
+    stop_token_ids: Annotated[list[Annotated[Integer, Field(ge=0)]], Field(max_length=MAX_STOP_TOKENS)] = []
+    """Tokens that end the answer, as those do that the base ends with."""
+
+    include_stop_str_in_output: bool = False
+    """Whether the text or token that ends the answer is part of its text."""
+
+    min_tokens: Integer = Field(default=0, ge=0)
+    """Length of the answer before which nothing ends it."""
+
+    ignore_eos: bool = False
+    """Whether the tokens that the base ends with are tokens like any other."""
+
+    skip_special_tokens: bool = True
+    """Whether special tokens are no text."""
 
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Seconds from the request's arrival to its last token, at most `limits.deadline_s`, which holds if absent."""
@@ -151,8 +201,13 @@ class Generation:
     recommends."""
 
     sampling: Sampling
+    shaping: Shaping
     max_tokens: int | None
     stop: tuple[str, ...]
+    stop_tokens: frozenset[int]
+    includes_stop: bool
+    ignores_eos: bool
+    shows_special: bool
     timeout_s: float
 
 
@@ -178,6 +233,10 @@ def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any], deadlin
         raise invalid_request(error.errors()[0]) from error
     if request.timeout is not None and request.timeout > deadline_s:
         raise InvalidRequest(f"timeout: {request.timeout:g} s is more than the limit, {deadline_s:g} s", "timeout")
+    if request.max_tokens is not None and request.min_tokens > request.max_tokens:
+        raise InvalidRequest(
+            f"min_tokens: {request.min_tokens} is more than max_tokens, {request.max_tokens}", "min_tokens"
+        )
     messages = None if request.messages is None else [message.plain() for message in request.messages]
     return Generation(
         prompt=Prompt(text=request.prompt, messages=messages),
@@ -189,8 +248,19 @@ def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any], deadlin
             min_p=request.min_p,
             seed=choose_seed() if request.seed is None else request.seed,
         ),
+        shaping=Shaping(
+            repetition_penalty=request.repetition_penalty,
+            frequency_penalty=request.frequency_penalty,
+            presence_penalty=request.presence_penalty,
+            logit_bias=request.logit_bias,
+            min_tokens=request.min_tokens,
+        ),
         max_tokens=request.max_tokens,
         stop=tuple(request.stop),
+        stop_tokens=frozenset(request.stop_token_ids),
+        includes_stop=request.include_stop_str_in_output,
+        ignores_eos=request.ignore_eos,
+        shows_special=not request.skip_special_tokens,
         timeout_s=deadline_s if request.timeout is None else request.timeout,
     )
 

@@ -13,6 +13,7 @@ from actors.api import Resume, Sampling, Usage
 from actors.coordinator.text import TextWriter
 from actors.guidance import Spelled
 from actors.guidance.output import OutputFunction
+from actors.guidance.shaping import Shaper
 from cluster.errors import ReplicaLost, TrimtabError
 from cluster.exchange import Rows, Work
 
@@ -96,6 +97,12 @@ class LiveSequence:
     spelled: Spelled | None = None
     """The base's tokens; without them every column of its logits may be drawn."""
 
+    shaper: Shaper | None = None
+    """What changes its logits, if anything does."""
+
+    writes_end: bool = False
+    """Whether the token that ends the output is text, as far as it is any."""
+
     on_loss: Callable[[Voice, TrimtabError], None] | None = None
     """Finds a voice that has lost its replica another seat; without it the sequence fails."""
 
@@ -151,6 +158,8 @@ class LiveSequence:
         self.output.append(token)
         for voice in self.voices:
             voice.append(token)
+        if self.shaper is not None:
+            self.shaper.append(token)
         if token in self.end_tokens:
             self.finish_reason = "stop"
         elif len(self.output) >= self.max_tokens:
@@ -162,7 +171,7 @@ class LiveSequence:
             return
         for token in self.output[self._num_written :]:
             self._num_written += 1
-            if token not in self.end_tokens:
+            if self.writes_end or token not in self.end_tokens:
                 self._put(self.writer.append(token))
             if self.writer.is_stopped:
                 self.finish_reason = "stop"

@@ -4,6 +4,7 @@ It runs transformers models directly and draws with noise over the whole vocabul
 remote, over any transport) must give the same tokens.
 """
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.api import Sampling
+from actors.api import Sampling, Shaping
 from actors.guidance.merge import Guidance, merge
 from actors.guidance.noise import WORDS, noise
 from actors.guidance.sampling import keep_likely, scale
@@ -45,6 +46,7 @@ def generate(
     guides: Sequence[Voice] = (),
     *,
     sampling: Sampling | None = None,
+    shaping: Shaping | None = None,
     max_tokens: int,
     end_tokens: Collection[int] = (),
     sample: int = 0,
@@ -54,6 +56,7 @@ def generate(
     Guides of weight 0 are left out; the others are summed in the order given.
     """
     sampling = sampling or Sampling()
+    shaping = shaping or Shaping()
     guides = [guide for guide in guides if guide.weight != 0]
     voices = [base, *guides]
     caches: list[Any] = [None] * len(voices)
@@ -68,12 +71,34 @@ def generate(
             caches[i] = output.past_key_values
             rows.append(output.logits[0, -1])
         guidance = [Guidance(guide.weight, row) for guide, row in zip(guides, rows[1:], strict=True)]
-        scores_V = noisy_scores(merge([rows[0]], [guidance]), sampling, len(text.tokens), sample)
+        base_row = penalize_repetition(rows[0], shaping, [*base.prompt, *text.tokens])
+        z_1V = shape(merge([base_row], [guidance]), shaping, text.tokens, end_tokens)
+        scores_V = noisy_scores(z_1V, sampling, len(text.tokens), sample)
         best, second = scores_V.topk(2).values.tolist()
         text.tokens.append(int(scores_V.argmax()))
         text.margins.append(best - second)
         appended = [text.tokens[-1:]] * len(voices)
     return text
+
+
+def penalize_repetition(z_V: Tensor, shaping: Shaping, tokens: Collection[int]) -> Tensor:
+    """Return the base's logits with those of tokens in prompt and output made smaller."""
+    z_V = z_V.clone().float()
+    for token in set(tokens):
+        logit, penalty = z_V[token], shaping.repetition_penalty
+        z_V[token] = logit / penalty if logit > 0 else logit * penalty
+    return z_V
+
+
+def shape(z_1V: Tensor, shaping: Shaping, output: Sequence[int], end_tokens: Collection[int]) -> Tensor:
+    """Return the merged logits with penalties, bias and the least length. Changes them in place."""
+    for token, count in Counter(output).items():
+        z_1V[0, token] -= shaping.frequency_penalty * count + shaping.presence_penalty
+    for token, bias in shaping.logit_bias.items():
+        z_1V[0, token] += bias
+    if len(output) < shaping.min_tokens:
+        z_1V[0, list(end_tokens)] = -torch.inf
+    return z_1V
 
 
 def noisy_scores(z_1V: Tensor, sampling: Sampling, position: int, sample: int) -> Tensor:

@@ -315,7 +315,10 @@ def test_a_completion_without_max_tokens_has_openais_16(service: Service) -> Non
     [
         ({"n": 2}, 400, "n", "Input should be 1, not 2"),
         ({"logprobs": 1}, 400, "logprobs", "not supported"),
-        ({"presence_penalty": 0.5}, 400, "presence_penalty", "Input should be 0, not 0.5"),
+        ({"presence_penalty": 2.5}, 400, "presence_penalty", "less than or equal to 2, not 2.5"),
+        ({"logit_bias": {"80": 1}}, 400, "logit_bias", "the base has no token 80; its ids go up to 79"),
+        ({"stop_token_ids": [80]}, 400, "stop_token_ids", "the base has no token 80"),
+        ({"min_tokens": 13}, 400, "min_tokens", "13 is more than max_tokens, 12"),
         ({"guidance": {"weights": {"kind": 1}, "beta": 1}}, 400, "guidance.beta", "not supported"),
         (
             {"guidance": {"weights": {"cruel": 1}}},

@@ -18,7 +18,10 @@ from tests import tiny
 from tests.cluster.conftest import Deploy, Service, model_args, process_of, service_config
 
 ROOM = 4
-LONG: dict[str, Any] = {"prompt": "hello", "max_tokens": 800, "seed": 3, "weights": {"kind": 0.8}}
+SHAPED: dict[str, Any] = {"frequency_penalty": 0.02, "repetition_penalty": 1.1, "min_tokens": 500, "logit_bias": {0: 3}}
+"""What depends on the tokens so far, and is made again from them."""
+
+LONG: dict[str, Any] = {"prompt": "hello", "max_tokens": 800, "seed": 3, "weights": {"kind": 0.8}, **SHAPED}
 
 
 class Setup:
@@ -95,7 +98,7 @@ def chunks(answer: requests.Response) -> Iterator[dict[str, Any]]:
 
 
 def test_http_streams_outlive_their_coordinator(service: Service, undisturbed: dict[str, Any]) -> None:
-    body = {"model": "kinder", "prompt": "hello", "max_tokens": 800, "seed": 3}
+    body = {"model": "kinder", "prompt": "hello", "max_tokens": 800, "seed": 3, **SHAPED}
     url = f"{service.url}/v1/completions"
     with requests.post(url, json={**body, "stream": True}, stream=True, timeout=60) as answer:
         read = chunks(answer)
@@ -128,7 +131,7 @@ def test_without_its_guide_a_request_fails_closed_and_others_go_on(
     service: Service, setup: Setup, undisturbed: dict[str, Any]
 ) -> None:
     url = f"{service.url}/v1/completions"
-    body: dict[str, Any] = {"model": "kinder", "prompt": "hello", "max_tokens": 800, "seed": 3}
+    body: dict[str, Any] = {"model": "kinder", "prompt": "hello", "max_tokens": 800, "seed": 3, **SHAPED}
     away = Path(setup.kind).with_name("away")
     with requests.post(url, json={**body, "stream": True, "timeout": 8}, stream=True, timeout=60) as answer:
         read = chunks(answer)

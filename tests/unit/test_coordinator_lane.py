@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from actors.api import Piece
+from actors.api import Piece, Resume, Shaping
 from actors.coordinator.lane import Lane, merge_and_draw
 from actors.coordinator.plan import plan_step
 from actors.coordinator.sequence import LiveSequence, Seat, Voice
@@ -17,6 +17,7 @@ from actors.engine import Engine, RowKind
 from actors.engine import Work as EngineWork
 from actors.guidance import Sampling, Spelled
 from actors.guidance import reference as oracle
+from actors.guidance.shaping import Shaper
 from actors.settings import Limits
 from cluster.errors import EngineError, ReplicaLost, TrimtabError
 from cluster.exchange import Failure, Rows, Work
@@ -93,6 +94,7 @@ def sequence(
     *,
     prompt: str = "hello",
     max_tokens: int = 12,
+    shaping: Shaping | None = None,
     **sampling: Any,
 ) -> LiveSequence:
     fast = tiny.tokenizer(80)
@@ -108,6 +110,7 @@ def sequence(
         max_tokens=max_tokens,
         end_tokens={0},
         writer=TextWriter(fast.backend_tokenizer, tokens),
+        shaper=None if shaping is None else Shaper(shaping, prompt=tokens, end_tokens={0}),
     )
 
 
@@ -125,14 +128,19 @@ async def read_all(live: LiveSequence) -> list[int]:
             return tokens
 
 
-def expected(live: LiveSequence) -> oracle.ReferenceText:
+def expected(live: LiveSequence, shaping: Shaping | None = None) -> oracle.ReferenceText:
     prompts = [voice.tokens[: len(voice.tokens) - len(live.output)] for voice in live.voices]
     voices = [
         oracle.Voice(model=voice.seat.replica.model, prompt=prompt, weight=voice.weight)  # type: ignore[union-attr]
         for voice, prompt in zip(live.voices, prompts, strict=True)
     ]
     return oracle.generate(
-        voices[0], voices[1:], sampling=live.sampling, max_tokens=live.max_tokens, end_tokens=live.end_tokens
+        voices[0],
+        voices[1:],
+        sampling=live.sampling,
+        shaping=shaping,
+        max_tokens=live.max_tokens,
+        end_tokens=live.end_tokens,
     )
 
 
@@ -152,6 +160,44 @@ async def test_tokens_are_the_references_whatever_shares_the_lane(base: LocalRep
         comparison.add(key_of(live), await read_all(live), expected(live))
     comparison.finish()
     assert lane.num_sequences == 0
+
+
+SHAPING = Shaping(
+    repetition_penalty=1.2, frequency_penalty=0.6, presence_penalty=0.3, logit_bias={5: 2.0, 0: 9.0}, min_tokens=10
+)
+
+
+async def test_shaped_sequences_draw_the_references_tokens_beside_plain_ones(
+    base: LocalReplica, kind: LocalReplica
+) -> None:
+    lane = Lane(LIMITS)
+    sequences = [
+        sequence("a", base, [(kind, 1.0)], seed=1, max_tokens=30, shaping=SHAPING),
+        sequence("b", base, [(kind, 1.0)], seed=1, max_tokens=30),
+        sequence("c", base, temperature=0, max_tokens=30, shaping=SHAPING),
+    ]
+    for live in sequences:
+        lane.add(live)
+    comparison = Comparison()
+    for live, shaping in zip(sequences, (SHAPING, None, SHAPING), strict=True):
+        comparison.add(key_of(live), await read_all(live), expected(live, shaping))
+    comparison.finish()
+    assert sequences[0].output != sequences[1].output
+    assert len(sequences[2].output) > 10
+
+
+async def test_a_shaped_sequence_goes_on_from_its_tokens_as_if_undisturbed(
+    base: LocalReplica, kind: LocalReplica
+) -> None:
+    whole = sequence("whole", base, [(kind, 1.0)], seed=5, max_tokens=30, shaping=SHAPING)
+    undisturbed = expected(whole, SHAPING).tokens
+    for cut in (1, 9, 20):
+        lane = Lane(LIMITS)
+        live = sequence(f"from {cut}", base, [(kind, 1.0)], seed=5, max_tokens=30, shaping=SHAPING)
+        live.resume(Resume(undisturbed[:cut], 0))
+        lane.add(live)
+        await read_all(live)
+        assert live.output == undisturbed
 
 
 async def test_guides_that_send_hidden_states_guide_as_others_do(base: LocalReplica, kind: LocalReplica) -> None:

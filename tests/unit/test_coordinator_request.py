@@ -74,6 +74,13 @@ def test_one_stop_string_or_a_list(stop: Any) -> None:
         ({"messages": [{"role": "user"}]}, "messages.0.content", "messages.0.content is missing"),
         ({"prompt": "half a \ud800"}, "prompt", "valid string"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content.0.text", "valid string"),
+        ({"prompt": "x", "logit_bias": {"x": 1}}, "logit_bias.x.[key]", "valid integer"),
+        ({"prompt": "x", "logit_bias": {"01": 1}}, "logit_bias.01.[key]", "valid integer"),
+        ({"prompt": "x", "logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100, not 101"),
+        ({"prompt": "x", "frequency_penalty": -2.1}, "frequency_penalty", "greater than or equal to -2"),
+        ({"prompt": "x", "repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
+        ({"prompt": "x", "stop_token_ids": [-1]}, "stop_token_ids.0", "greater than or equal to 0"),
+        ({"prompt": "x", "min_tokens": 9, "max_tokens": 8}, "min_tokens", "9 is more than max_tokens, 8"),
         ({"prompt": "x", "timeout": 0}, "timeout", "greater than 0, not 0"),
         ({"prompt": "x", "timeout": 600.5}, "timeout", "600.5 s is more than the limit, 600 s"),
         ({"prompt": "x", "stop": "y" * 1001}, "stop.0", "at most 1000 characters"),
@@ -89,6 +96,16 @@ def test_an_impossible_field_is_named_with_its_value(fields: dict[str, Any], fie
 def test_an_unknown_profile_lists_those_there_are() -> None:
     with pytest.raises(UnknownModel, match="no model 'nicer'; models are: base, both, kinder"):
         parse({"prompt": "x", "model": "nicer"})
+
+
+def test_what_is_not_asked_for_changes_no_logits() -> None:
+    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1, "logit_bias": {}}
+    for fields in ({}, neutral, {"min_tokens": 0, "logit_bias": {"3": None}}):
+        assert parse({"prompt": "x", **fields}).shaping.is_none
+
+
+def test_biases_are_by_token_id() -> None:
+    assert parse({"prompt": "x", "logit_bias": {"17": -100, 4: 0.5}}).shaping.logit_bias == {17: -100, 4: 0.5}
 
 
 def test_whole_floats_are_integers() -> None:
