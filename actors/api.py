@@ -5,7 +5,7 @@ Imports nothing that computes, so that a process that holds no model needs no to
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 FinishReason = Literal["stop", "length"]
 
@@ -65,6 +65,41 @@ class Shaping:
         return self == Shaping()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """Which log probabilities one request wants to see."""
+
+    num_top: int = 0
+    """Of so many of the most probable tokens, beside the drawn one's."""
+
+    has_details: bool = False
+    """Whether each model's own are shown too."""
+
+
+class TokenScore(TypedDict):
+    """A token and its log probability under the guided distribution, whatever was done to it before the draw."""
+
+    token: int
+    text: str
+    bytes: list[int]
+    """Of the text, also where they are only part of a character."""
+
+    logprob: float
+    voices: NotRequired[dict[str, float]]
+    """Each model's own log probability, by its name."""
+
+
+class Scores(TypedDict):
+    """What there is to say of one place of an answer."""
+
+    drawn: TokenScore
+    top: list[TokenScore]
+    """The most probable tokens, the best first."""
+
+    log_z: NotRequired[float]
+    """logprob = base + sum of weight * guide - log_z."""
+
+
 class Usage(TypedDict):
     """Token counts, as OpenAI's API names them; the prompt's are the base's."""
 
@@ -81,6 +116,20 @@ class Piece(TypedDict):
     finish_reason: FinishReason | None
     usage: Usage
     seed: int
+    scores: NotRequired[list[Scores]]
+    """Of each token, where they were asked for."""
+
+
+def join(pieces: Sequence[Piece]) -> Piece:
+    """Return an answer's pieces, all of them, as one."""
+    whole: Piece = {
+        **pieces[-1],
+        "text": "".join(piece["text"] for piece in pieces),
+        "token_ids": [token for piece in pieces for token in piece["token_ids"]],
+    }
+    if "scores" in pieces[-1]:
+        whole["scores"] = [scores for piece in pieces for scores in piece["scores"]]
+    return whole
 
 
 @dataclass(frozen=True, slots=True)

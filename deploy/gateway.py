@@ -22,7 +22,8 @@ from cluster.tls import Tls
 from deploy.access import Access, Guard, caller_of
 from deploy.attempts import REPEATABLE, Attempts, own_errors
 from deploy.facts import Facts
-from deploy.openai_schema import Answer, ChatCompletionRequest, CompletionRequest, TextRequest
+from deploy.openai_answer import Answer
+from deploy.openai_schema import ChatCompletionRequest, CompletionRequest, TextRequest
 from deploy.responses import ERRORS, RETRY_AFTER_S, STREAMS, answer_errors, stream_events
 
 ABSENCE_S = 10

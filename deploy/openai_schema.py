@@ -4,16 +4,14 @@ Requests hold the fields that are supported and no others, so that nothing is si
 cannot change a text are taken, and of those that are not supported the values that change nothing; see docs/api.md.
 """
 
-import time
-import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
-from actors.api import FinishReason, Piece, Usage
 from actors.coordinator.admission import Caller
 from actors.coordinator.request import (
+    MAX_LOGPROBS,
     ChatMessage,
     GenerationRequest,
     Integer,
@@ -40,6 +38,9 @@ class Guidance(BaseModel):
 
     weights: Weights | None = None
     """By guide, in place of the profile's."""
+
+    details: bool = False
+    """Whether log probabilities come with each model's own."""
 
     @model_validator(mode="before")
     @classmethod
@@ -121,6 +122,8 @@ class TextRequest(TextOptions, WithoutEffect, NotSupported):
         given = self.model_dump(exclude_unset=True, include=set(GenerationRequest.model_fields))
         if self.guidance is not None and self.guidance.weights is not None:
             given["weights"] = self.guidance.weights
+        if self.guidance is not None and self.guidance.details:
+            given["details"] = True
         if self._caller is not None:
             given["caller"] = self._caller
         return given
@@ -130,6 +133,9 @@ class CompletionRequest(TextRequest):
     """Body of POST /v1/completions."""
 
     prompt: Text
+    logprobs: Integer | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Of each token, and of so many most probable ones."""
+
     best_of: One = 1
     echo: Literal[False] = False
 
@@ -149,7 +155,12 @@ class ChatCompletionRequest(TextRequest):
     max_completion_tokens: Integer | None = Field(default=None, ge=1)
     """OpenAI's newer name of max_tokens."""
 
-    logprobs: Literal[False] = False
+    logprobs: bool = False
+    """Whether each token's log probability is told."""
+
+    top_logprobs: Integer = Field(default=0, ge=0, le=MAX_LOGPROBS)
+    """And those of so many most probable tokens."""
+
     response_format: PlainText | None = None
     tools: Annotated[list[Any], Field(max_length=0)] = []
     tool_choice: Literal["none", "auto"] = "none"
@@ -161,62 +172,21 @@ class ChatCompletionRequest(TextRequest):
             raise ValueError("give max_tokens or max_completion_tokens, not both")
         return self
 
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs only goes with logprobs: true")
+        return self
+
     def fields(self, profiles: Mapping[str, Profile]) -> dict[str, Any]:
         """The request as the coordinator takes it."""
         given = super().fields(profiles)
         if self.max_completion_tokens is not None:
             given["max_tokens"] = self.max_completion_tokens
+        given.pop("logprobs", None)
+        if self.logprobs:
+            given["logprobs"] = self.top_logprobs
         return given
-
-
-class Answer:
-    """Forms the responses to one request, whole or chunk by chunk."""
-
-    def __init__(self, request: CompletionRequest | ChatCompletionRequest) -> None:
-        self._is_chat = isinstance(request, ChatCompletionRequest)
-        self._head = {
-            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": request.model,
-        }
-        self._is_first = True
-
-    def whole(self, piece: Piece) -> dict[str, Any]:
-        """The response that does not stream."""
-        content: dict[str, Any] = {"text": piece["text"]}
-        if self._is_chat:
-            content = {"message": {"role": "assistant", "content": piece["text"]}}
-        return {
-            **self._head,
-            "object": "chat.completion" if self._is_chat else "text_completion",
-            "choices": [self._choice(content, piece["finish_reason"])],
-            "usage": piece["usage"],
-            "seed": piece["seed"],
-        }
-
-    def chunk(self, piece: Piece) -> dict[str, Any]:
-        """One event of a stream."""
-        content: dict[str, Any] = {"text": piece["text"]}
-        if self._is_chat:
-            role = {"role": "assistant"} if self._is_first else {}
-            content = {"delta": {**role, "content": piece["text"]}}
-            self._is_first = False
-        return {
-            **self._stream_head(),
-            "choices": [self._choice(content, piece["finish_reason"])],
-            "seed": piece["seed"],
-        }
-
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """The last event of a stream whose request asked for token counts."""
-        return {**self._stream_head(), "choices": [], "usage": usage}
-
-    def _stream_head(self) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk" if self._is_chat else "text_completion"}
-
-    @staticmethod
-    def _choice(content: dict[str, Any], finish_reason: FinishReason | None) -> dict[str, Any]:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
 
 
 class ErrorAnswer(BaseModel):

@@ -24,7 +24,8 @@ from cluster.errors import (
     in_brief,
 )
 from deploy.json_lines import to_line
-from deploy.openai_schema import Answer, ErrorAnswer, ErrorDetail, ErrorType
+from deploy.openai_answer import Answer
+from deploy.openai_schema import ErrorAnswer, ErrorDetail, ErrorType
 
 STATUS: dict[type[BaseException], tuple[int, ErrorType, str | None]] = {
     UnknownModel: (404, "invalid_request_error", "model_not_found"),
@@ -36,7 +37,7 @@ STATUS: dict[type[BaseException], tuple[int, ErrorType, str | None]] = {
 }
 """HTTP status, OpenAI error type and code of every error that a caller must tell apart; all others are 500."""
 
-HTTP_NAMES = {"weights": "guidance.weights"}
+HTTP_NAMES = {"weights": "guidance.weights", "details": "guidance.details"}
 """Fields that the coordinator knows by another name."""
 
 MAX_MESSAGE_CHARS = 1000

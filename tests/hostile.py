@@ -75,6 +75,7 @@ NAMES = [
         "stop_token_ids",
         "min_tokens",
         "ignore_eos",
+        "top_logprobs",
     ),
     *("", "\ud800", "__class__", "x" * 3000, "a.b", "prompt\0"),
 ]
@@ -92,7 +93,7 @@ class Hostile:
 
 
 REFUSALS = {400, 404, 405, 408, 413, 415, 431}
-WITHOUT_A_FIELD = ("the body", "prompt", "messages", "stream_options", "max_tokens")
+WITHOUT_A_FIELD = ("the body", "prompt", "messages", "stream_options", "max_tokens", "logprobs")
 """What a message may name where no single field is wrong."""
 
 

@@ -5,11 +5,12 @@ import os
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from actors.api import Piece, Resume
+from actors.api import Piece, Resume, join
 from actors.coordinator.admission import UNNAMED, Admission, Caller
 from actors.coordinator.figures import Figures
 from actors.coordinator.lane import Lane
@@ -18,10 +19,10 @@ from actors.coordinator.refusals import log_refusals_briefly
 from actors.coordinator.replicas import Place, Replicas
 from actors.coordinator.request import Generation, parse_request
 from actors.coordinator.sequence import LiveSequence, Voice
+from actors.coordinator.spelling import Spelling
 from actors.coordinator.tenancy import Tenancy
 from actors.coordinator.text import TextWriter
-from actors.guidance import Spelled
-from actors.guidance.drawing import warm_up
+from actors.guidance import Spelled, drawing, scoring
 from actors.guidance.shaping import Shaper
 from actors.leases import BaseDescription, Lease
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
@@ -30,6 +31,23 @@ from cluster.delivery import Destination, Outlets, Receipt
 from cluster.errors import ContextExceeded, DeadlineExceeded, InvalidConfiguration, InvalidRequest, TrimtabError
 from cluster.exchange import StepStream
 from cluster.tls import Tls
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBase:
+    """What a coordinator makes of a base's description, once."""
+
+    end_tokens: frozenset[int]
+    tokenizer: Tokenizer
+    spelled: Spelled
+    spelling: Spelling
+
+    @classmethod
+    def of(cls, description: BaseDescription) -> "KnownBase":
+        """Take what a base says of itself."""
+        tokenizer = Tokenizer.from_str(description.tokenizer)
+        spelled = Spelled({*tokenizer.get_vocab().values(), *description.end_tokens})
+        return cls(description.end_tokens, tokenizer, spelled, Spelling(tokenizer))
 
 
 class Coordinator:
@@ -42,7 +60,8 @@ class Coordinator:
 
     def __init__(self, settings: CoordinatorSettings) -> None:
         log_refusals_briefly()
-        warm_up()
+        drawing.warm_up()
+        scoring.warm_up()
         self._id = uuid.uuid4().hex
         self._limits = settings.limits
         self._guidance = GuidanceSettings()
@@ -54,7 +73,7 @@ class Coordinator:
         self._outlets = Outlets(tls)
         self._lanes: dict[StepStream, Lane] = {}
         self._admission = Admission(settings.limits.max_open_requests)
-        self._bases: dict[str, tuple[BaseDescription, Tokenizer, Spelled]] = {}
+        self._bases: dict[str, KnownBase] = {}
         self._figures = Figures()
         self._telemetry = Telemetry()
 
@@ -76,13 +95,8 @@ class Coordinator:
 
     async def generate(self, **fields: Any) -> Piece:
         """Return a whole answer as one piece. Errors are those of `stream`."""
-        text: list[str] = []
-        token_ids: list[int] = []
         async with aclosing(self.stream(**fields)) as pieces:
-            async for piece in pieces:
-                text.append(piece["text"])
-                token_ids += piece["token_ids"]
-        return {**piece, "text": "".join(text), "token_ids": token_ids}
+            return join([piece async for piece in pieces])
 
     async def stream(
         self, resume: Resume | None = None, /, *, caller: Caller = UNNAMED, **fields: Any
@@ -168,9 +182,9 @@ class Coordinator:
         for name, lease in leases.items():
             if lease.base_vocabulary != base.base_vocabulary:
                 raise InvalidConfiguration(f"guide {name!r} was made for another base; correct `base` in its args")
-        description, tokenizer, spelled = self._learn(base)
-        _check_tokens(request, spelled)
-        end_tokens = request.stop_tokens | (frozenset() if request.ignores_eos else description.end_tokens)
+        known = self._learn(base)
+        _check_tokens(request, known.spelled)
+        end_tokens = request.stop_tokens | (frozenset() if request.ignores_eos else known.end_tokens)
         shaper = None
         if not request.shaping.is_none:
             shaper = Shaper(request.shaping, prompt=base.prompt_tokens, end_tokens=end_tokens)
@@ -183,15 +197,17 @@ class Coordinator:
             max_tokens=_max_tokens(request, leases),
             end_tokens=end_tokens,
             writer=TextWriter(
-                tokenizer,
+                known.tokenizer,
                 base.prompt_tokens,
                 request.stop,
                 includes_stop=request.includes_stop,
                 shows_special=request.shows_special,
                 min_tokens=request.shaping.min_tokens,
             ),
-            spelled=spelled,
+            spelled=known.spelled,
             shaper=shaper,
+            scoring=request.scoring,
+            spelling=known.spelling,
             writes_end=request.includes_stop,
         )
         if resume is not None:
@@ -206,13 +222,10 @@ class Coordinator:
             base.lost.add_done_callback(lambda _: self._lanes.pop(base, None))
         return lane
 
-    def _learn(self, lease: Lease) -> tuple[BaseDescription, Tokenizer, Spelled]:
-        """The base's end tokens, tokenizer and tokens, which come with the first lease on it."""
-        description = lease.description
-        if description is not None and lease.fingerprint not in self._bases:
-            tokenizer = Tokenizer.from_str(description.tokenizer)
-            spelled = Spelled({*tokenizer.get_vocab().values(), *description.end_tokens})
-            self._bases[lease.fingerprint] = description, tokenizer, spelled
+    def _learn(self, lease: Lease) -> KnownBase:
+        """What is known of the base, which comes with the first lease on it."""
+        if lease.description is not None and lease.fingerprint not in self._bases:
+            self._bases[lease.fingerprint] = KnownBase.of(lease.description)
         return self._bases[lease.fingerprint]
 
     async def close(self) -> None:

@@ -5,12 +5,14 @@ import logging
 import time
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 from actors.coordinator.figures import Figures
 from actors.coordinator.outputs import logits_by_voice
 from actors.coordinator.plan import Message, Part, plan_step
 from actors.coordinator.sequence import LiveSequence
 from actors.guidance import Guidance, drawing
+from actors.guidance.scoring import RowScores, score
 from actors.settings import Limits
 from cluster.errors import DeadlineExceeded, EngineError, Preempted, ReplicaLost, TrimtabError
 from cluster.exchange import Failure, Rows
@@ -22,6 +24,15 @@ PARTS = ("plan", "models", "merge_and_draw", "commit")
 """Of a step, in their order, as figures name them; text is made while the models compute."""
 
 logger = logging.getLogger(__name__)
+
+
+class Drawn(NamedTuple):
+    """What a step yields for one sequence."""
+
+    token: int | None
+    """None where the merged logits hold a NaN, or no finite best."""
+
+    scores: RowScores | None = None
 
 
 class Lane:
@@ -96,9 +107,9 @@ class Lane:
         times_s.append(time.perf_counter())
         ready = [sequence for sequence in self._sequences if sequence.can_draw]
         if ready:
-            tokens = await asyncio.to_thread(merge_and_draw, ready)
+            drawn = await asyncio.to_thread(merge_and_draw, ready)
             times_s.append(time.perf_counter())
-            self._commit(ready, tokens)
+            self._commit(ready, drawn)
         self._release_rows()
         if ready:
             times_s.append(time.perf_counter())
@@ -191,13 +202,13 @@ class Lane:
             await asyncio.wait({arrival, *self._flights}, return_when=asyncio.FIRST_COMPLETED)
             arrival.cancel()
 
-    def _commit(self, sequences: Sequence[LiveSequence], tokens: Sequence[int | None]) -> None:
-        for sequence, token in zip(sequences, tokens, strict=True):
+    def _commit(self, sequences: Sequence[LiveSequence], drawn: Sequence[Drawn]) -> None:
+        for sequence, (token, scores) in zip(sequences, drawn, strict=True):
             if token is None:
                 names = ", ".join(voice.name for voice in sequence.voices)
                 sequence.fail(EngineError(f"the merged logits of {names} are not finite; use a wider dtype"))
             elif sequence.can_draw:
-                sequence.commit(token)
+                sequence.commit(token, scores)
                 self._unwritten.append(sequence)
         self._sequences = [sequence for sequence in self._sequences if sequence.is_live]
         if not self._sequences:
@@ -215,20 +226,26 @@ class Lane:
             self._landed.clear()
 
 
-def merge_and_draw(sequences: Sequence[LiveSequence]) -> list[int | None]:
-    """Return the next token of each sequence, from the rows of all its voices; None where they hold NaN or no best."""
+def merge_and_draw(sequences: Sequence[LiveSequence]) -> list[Drawn]:
+    """Return the next token of each sequence, from the rows of all its voices."""
     logits = logits_by_voice(voice for sequence in sequences for voice in sequence.voices)
     rows, guidance = [], []
     for sequence in sequences:
         row = logits[sequence.voices[0]]
-        guides = [Guidance(voice.weight, logits[voice]) for voice in sequence.voices[1:]]
         rows.append(sequence.spelled.cut(row) if sequence.spelled else row)
-        guidance.append([*guides, *sequence.spelled.guidance()] if sequence.spelled else guides)
-    return drawing.merge_and_draw(
+        guidance.append([Guidance(voice.weight, logits[voice]) for voice in sequence.voices[1:]])
+    gaps = [sequence.spelled.guidance() if sequence.spelled else [] for sequence in sequences]
+    tokens = drawing.merge_and_draw(
         rows,
-        guidance,
+        [[*guides, *gap] for guides, gap in zip(guidance, gaps, strict=True)],
         [sequence.sampling for sequence in sequences],
         [len(sequence.output) for sequence in sequences],
         [0] * len(sequences),
         [sequence.shaper for sequence in sequences],
     )
+    return [
+        Drawn(token)
+        if sequence.scoring is None or token is None
+        else Drawn(token, score(row, guides, gap, token, sequence.scoring))
+        for sequence, row, guides, gap, token in zip(sequences, rows, guidance, gaps, tokens, strict=True)
+    ]

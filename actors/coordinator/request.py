@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from actors.api import Sampling, Shaping
+from actors.api import Sampling, Scoring, Shaping
 from actors.prompts import Message, Prompt
 from actors.settings import AUTO, NO_GUIDANCE, GuidanceSettings, ProfileWeight
 from cluster.errors import InvalidRequest, UnknownModel
@@ -24,6 +24,7 @@ from cluster.errors import InvalidRequest, UnknownModel
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 1024
 MAX_BIASES = 4096
+MAX_LOGPROBS = 20
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
@@ -184,10 +185,22 @@ class GenerationRequest(TextOptions):
     weights: Weights | None = None
     """Weights by guide, in place of the profile's; `auto` is what the guide's own calibration recommends."""
 
+    logprobs: Integer | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Tells each token's log probability under the guided distribution, and those of so many most probable tokens."""
+
+    details: bool = False
+    """Whether `logprobs` tells each model's own too."""
+
     @model_validator(mode="after")
     def _need_one_prompt(self) -> "GenerationRequest":
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
+        return self
+
+    @model_validator(mode="after")
+    def _details_need_logprobs(self) -> "GenerationRequest":
+        if self.details and self.logprobs is None:
+            raise ValueError("guidance.details only goes with logprobs")
         return self
 
 
@@ -202,6 +215,7 @@ class Generation:
 
     sampling: Sampling
     shaping: Shaping
+    scoring: Scoring | None
     max_tokens: int | None
     stop: tuple[str, ...]
     stop_tokens: frozenset[int]
@@ -255,6 +269,7 @@ def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any], deadlin
             logit_bias=request.logit_bias,
             min_tokens=request.min_tokens,
         ),
+        scoring=None if request.logprobs is None else Scoring(num_top=request.logprobs, has_details=request.details),
         max_tokens=request.max_tokens,
         stop=tuple(request.stop),
         stop_tokens=frozenset(request.stop_token_ids),

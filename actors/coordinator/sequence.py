@@ -9,10 +9,12 @@ from torch import Tensor
 
 from actors.api import FinishReason as FinishReason
 from actors.api import Piece as Piece
-from actors.api import Resume, Sampling, Usage
+from actors.api import Resume, Sampling, Scores, Scoring, TokenScore, Usage
+from actors.coordinator.spelling import Spelling
 from actors.coordinator.text import TextWriter
 from actors.guidance import Spelled
 from actors.guidance.output import OutputFunction
+from actors.guidance.scoring import RowScores
 from actors.guidance.shaping import Shaper
 from cluster.errors import ReplicaLost, TrimtabError
 from cluster.exchange import Rows, Work
@@ -100,6 +102,12 @@ class LiveSequence:
     shaper: Shaper | None = None
     """What changes its logits, if anything does."""
 
+    scoring: Scoring | None = None
+    """Which log probabilities its reader wants to see, if any."""
+
+    spelling: Spelling | None = None
+    """Of the base's tokens, where there is `scoring`."""
+
     writes_end: bool = False
     """Whether the token that ends the output is text, as far as it is any."""
 
@@ -107,6 +115,9 @@ class LiveSequence:
     """Finds a voice that has lost its replica another seat; without it the sequence fails."""
 
     output: list[int] = field(default_factory=list)
+    scores: list[RowScores | None] = field(default_factory=list)
+    """Of the output's tokens, with `scoring`; none of those that came from elsewhere."""
+
     finish_reason: FinishReason | None = None
     error: BaseException | None = None
     _num_prompt_tokens: int = field(init=False)
@@ -153,9 +164,10 @@ class LiveSequence:
         else:
             self.on_loss(voice, error)
 
-    def commit(self, token: int) -> None:
+    def commit(self, token: int, scores: RowScores | None = None) -> None:
         """Append a drawn token everywhere; end at an end token or at the last that was asked for."""
         self.output.append(token)
+        self.scores.append(scores)
         for voice in self.voices:
             voice.append(token)
         if self.shaper is not None:
@@ -177,6 +189,7 @@ class LiveSequence:
                 self.finish_reason = "stop"
                 # A step may have run ahead of the text; what it drew is not part of the answer.
                 del self.output[self._num_written :]
+                del self.scores[self._num_written :]
                 break
         if self.finish_reason is not None:
             self._put(self.writer.finish())
@@ -214,9 +227,26 @@ class LiveSequence:
             ),
             seed=self.sampling.seed,
         )
+        if self.scoring is not None:
+            piece["scores"] = [self._spelled(scores) for scores in self.scores[self._num_read : self._num_written]]
         self._num_read = self._num_written
         self._text.clear()
         return piece
+
+    def _spelled(self, row: RowScores | None) -> Scores:
+        """A token's scores as the reader gets them."""
+        assert row is not None
+        assert self.spelling is not None
+        tokens: list[TokenScore] = []
+        for i, (token, logprob) in enumerate(zip(row.tokens, row.logprobs, strict=True)):
+            text, spelled = self.spelling.spell(token)
+            tokens.append(TokenScore(token=token, text=text, bytes=list(spelled), logprob=logprob))
+            if row.own is not None:
+                tokens[-1]["voices"] = {voice.name: own[i] for voice, own in zip(self.voices, row.own, strict=True)}
+        scores = Scores(drawn=tokens[0], top=tokens[1:])
+        if row.own is not None:
+            scores["log_z"] = row.log_z
+        return scores
 
     @property
     def _is_written_out(self) -> bool:

@@ -55,7 +55,7 @@ class TextWriter:
         self._includes_stop = includes_stop
         self._shows_special = shows_special
         self._num_until_stop = min_tokens
-        self._special, self._byte_of = _special_tokens(tokenizer), _byte_tokens(tokenizer)
+        self._special, self._byte_of = special_tokens(tokenizer), byte_tokens(tokenizer)
         self._special_stop = [text for text in stop if any(name in text for name in self._special.values())]
         # Text tokens alone: a decoder that drops the space before a first word drops it after a special token too.
         self._tokens = self._context(prompt)
@@ -164,14 +164,14 @@ class TextWriter:
 
 
 @lru_cache(maxsize=8)
-def _special_tokens(tokenizer: Tokenizer) -> Mapping[int, str]:
-    """The names of special tokens, by id."""
+def special_tokens(tokenizer: Tokenizer) -> Mapping[int, str]:
+    """Return the names of special tokens, by id."""
     return {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
 
 @lru_cache(maxsize=8)
-def _byte_tokens(tokenizer: Tokenizer) -> Mapping[int, bytes]:
-    """What the tokens stand for that stand for one byte, by id, if the tokenizer has them and decodes them so."""
+def byte_tokens(tokenizer: Tokenizer) -> Mapping[int, bytes]:
+    """Return what tokens stand for that stand for one byte, by id, if the tokenizer has them and decodes them so."""
     names = {byte: f"<0x{byte:02X}>" for byte in range(256)}
     numbers = {byte: tokenizer.token_to_id(name) for byte, name in names.items()}
     return {

@@ -48,7 +48,7 @@ def merge_and_draw(
     """
     rows = zip(base, guidance, samplings, positions, samples, shapers or [None] * len(base), strict=True)
     return [
-        _draw(_merged(row, guides, shaper), sampling, position, sample)
+        _draw(merged(row, guides, shaper), sampling, position, sample)
         for row, guides, sampling, position, sample, shaper in rows
     ]
 
@@ -59,16 +59,16 @@ def warm_up() -> None:
     merge_and_draw([row], [[Guidance(1.0, row)]], [Sampling(top_k=4, top_p=0.9, min_p=0.1)], [0], [0])
 
 
-def _merged(base: Tensor, guides: Sequence[Guidance], shaper: Shaper | None) -> Floats:
-    """What a row draws from, float32 [V]: the base's own memory, or, changed, that which the next row takes."""
-    z_V = _floats(base)
+def merged(base: Tensor, guides: Sequence[Guidance], shaper: Shaper | None = None) -> Floats:
+    """Return what a row draws from, float32 [V]: the base's own memory, or, changed, that which the next row takes."""
+    z_V = floats(base)
     if guides or shaper is not None:
         base_V, z_V = z_V, _room(len(z_V))
         z_V[:] = base_V
     if shaper is not None:
         shaper.shape_base(z_V)
     for weight, logits_U in guides:
-        add_guide(z_V, _floats(logits_U), float(weight))
+        add_guide(z_V, floats(logits_U), float(weight))
     if shaper is not None:
         shaper.shape_merged(z_V)
     return z_V
@@ -102,7 +102,7 @@ def _draw(z_V: Floats, sampling: Sampling, position: int, sample: int) -> int | 
     return race(z_V, maxima, best_block, temperature, floor, key, position, sample)
 
 
-def _floats(row: Tensor) -> Floats:
-    """The row's own memory, if it is contiguous float32."""
-    floats: Floats = row.detach().to("cpu", torch.float32).contiguous().numpy()
-    return floats
+def floats(row: Tensor) -> Floats:
+    """Return the row's own memory, if it is contiguous float32, else a copy that is."""
+    array: Floats = row.detach().to("cpu", torch.float32).contiguous().numpy()
+    return array

@@ -39,6 +39,10 @@ class ReferenceText:
     margins: list[float] = field(default_factory=list)
     """For each token, how far the best score (noise included) was ahead of the second."""
 
+    laws: list[Tensor] = field(default_factory=list)
+    """For each token, log probabilities in float64: the guided distribution's, then each voice's own, [1 + voices, V].
+    Where a guide has fewer tokens than the base, its own end there with -inf."""
+
 
 @torch.inference_mode()
 def generate(
@@ -50,6 +54,7 @@ def generate(
     max_tokens: int,
     end_tokens: Collection[int] = (),
     sample: int = 0,
+    keeps_laws: bool = False,
 ) -> ReferenceText:
     """Write up to `max_tokens` tokens from the guided distribution.
 
@@ -71,6 +76,8 @@ def generate(
             caches[i] = output.past_key_values
             rows.append(output.logits[0, -1])
         guidance = [Guidance(guide.weight, row) for guide, row in zip(guides, rows[1:], strict=True)]
+        if keeps_laws:
+            text.laws.append(laws(rows, guidance))
         base_row = penalize_repetition(rows[0], shaping, [*base.prompt, *text.tokens])
         z_1V = shape(merge([base_row], [guidance]), shaping, text.tokens, end_tokens)
         scores_V = noisy_scores(z_1V, sampling, len(text.tokens), sample)
@@ -79,6 +86,16 @@ def generate(
         text.margins.append(best - second)
         appended = [text.tokens[-1:]] * len(voices)
     return text
+
+
+def laws(rows: Sequence[Tensor], guidance: Sequence[Guidance]) -> Tensor:
+    """Return the log probabilities of the guided distribution and of each voice alone, float64 [1 + voices, V]."""
+    z_V = merge([rows[0]], [guidance])[0]
+    own = [torch.full_like(z_V, -torch.inf, dtype=torch.float64) for _ in rows]
+    for law_V, row in zip(own, rows, strict=True):
+        num_common = min(len(law_V), len(row))
+        law_V[:num_common] = row[:num_common].double().log_softmax(-1)
+    return torch.stack([z_V.double().log_softmax(-1), *own])
 
 
 def penalize_repetition(z_V: Tensor, shaping: Shaping, tokens: Collection[int]) -> Tensor:

@@ -314,7 +314,8 @@ def test_a_completion_without_max_tokens_has_openais_16(service: Service) -> Non
     ("body", "status", "field", "says"),
     [
         ({"n": 2}, 400, "n", "Input should be 1, not 2"),
-        ({"logprobs": 1}, 400, "logprobs", "not supported"),
+        ({"logprobs": 21}, 400, "logprobs", "less than or equal to 20, not 21"),
+        ({"guidance": {"details": True}}, 400, None, "guidance.details only goes with logprobs"),
         ({"presence_penalty": 2.5}, 400, "presence_penalty", "less than or equal to 2, not 2.5"),
         ({"logit_bias": {"80": 1}}, 400, "logit_bias", "the base has no token 80; its ids go up to 79"),
         ({"stop_token_ids": [80]}, 400, "stop_token_ids", "the base has no token 80"),

@@ -21,7 +21,10 @@ ROOM = 4
 SHAPED: dict[str, Any] = {"frequency_penalty": 0.02, "repetition_penalty": 1.1, "min_tokens": 500, "logit_bias": {0: 3}}
 """What depends on the tokens so far, and is made again from them."""
 
-LONG: dict[str, Any] = {"prompt": "hello", "max_tokens": 800, "seed": 3, "weights": {"kind": 0.8}, **SHAPED}
+LONG: dict[str, Any] = {
+    **{"prompt": "hello", "max_tokens": 800, "seed": 3, "weights": {"kind": 0.8}, "logprobs": 2},
+    **SHAPED,
+}
 
 
 class Setup:
@@ -63,6 +66,10 @@ def check(pieces: list[Any], undisturbed: dict[str, Any]) -> None:
     assert "".join(piece["text"] for piece in pieces) == undisturbed["text"]
     assert [token for piece in pieces for token in piece["token_ids"]] == undisturbed["token_ids"]
     assert pieces[-1]["usage"] == undisturbed["usage"]
+    scores = [place for piece in pieces for place in piece["scores"]]
+    for place, expected in zip(scores, undisturbed["scores"], strict=True):
+        assert [score["token"] for score in place["top"]] == [score["token"] for score in expected["top"]]
+        assert place["drawn"]["logprob"] == pytest.approx(expected["drawn"]["logprob"], abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from actors.api import Piece, Resume, Shaping
+from actors.api import Piece, Resume, Scores, Scoring, Shaping
 from actors.coordinator.lane import Lane, merge_and_draw
 from actors.coordinator.plan import plan_step
 from actors.coordinator.sequence import LiveSequence, Seat, Voice
+from actors.coordinator.spelling import Spelling
 from actors.coordinator.text import TextWriter
 from actors.engine import Engine, RowKind
 from actors.engine import Work as EngineWork
@@ -95,6 +96,7 @@ def sequence(
     prompt: str = "hello",
     max_tokens: int = 12,
     shaping: Shaping | None = None,
+    scoring: Scoring | None = None,
     **sampling: Any,
 ) -> LiveSequence:
     fast = tiny.tokenizer(80)
@@ -111,6 +113,8 @@ def sequence(
         end_tokens={0},
         writer=TextWriter(fast.backend_tokenizer, tokens),
         shaper=None if shaping is None else Shaper(shaping, prompt=tokens, end_tokens={0}),
+        scoring=scoring,
+        spelling=Spelling(fast.backend_tokenizer),
     )
 
 
@@ -139,6 +143,7 @@ def expected(live: LiveSequence, shaping: Shaping | None = None) -> oracle.Refer
         voices[1:],
         sampling=live.sampling,
         shaping=shaping,
+        keeps_laws=live.scoring is not None,
         max_tokens=live.max_tokens,
         end_tokens=live.end_tokens,
     )
@@ -198,6 +203,59 @@ async def test_a_shaped_sequence_goes_on_from_its_tokens_as_if_undisturbed(
         lane.add(live)
         await read_all(live)
         assert live.output == undisturbed
+
+
+async def read_scores(live: LiveSequence) -> list[Scores]:
+    scores: list[Scores] = []
+    while True:
+        piece: Piece = await asyncio.wait_for(live.read(), 60)
+        assert len(piece["scores"]) == len(piece["token_ids"])
+        scores += piece["scores"]
+        if piece["finish_reason"] is not None:
+            return scores
+
+
+def check_scores(live: LiveSequence, scores: Sequence[Scores], text: oracle.ReferenceText, first: int = 0) -> None:
+    """Check that an answer, from its token `first` on, has the oracle's log probabilities."""
+    assert live.output == text.tokens
+    weights = [1.0, *(voice.weight for voice in live.voices[1:])]
+    for token, place, (merged_V, *own) in zip(text.tokens[first:], scores, text.laws[first:], strict=True):
+        assert place["drawn"]["token"] == token
+        assert place["drawn"]["text"] == tiny.tokenizer(80).convert_ids_to_tokens(token)
+        assert [score["token"] for score in place["top"]] == merged_V.topk(4).indices.tolist()
+        for score in (place["drawn"], *place["top"]):
+            assert score["logprob"] == pytest.approx(float(merged_V[score["token"]]), abs=1e-4)
+            values = [score["voices"][voice.name] for voice in live.voices]
+            assert values == pytest.approx([float(law[score["token"]]) for law in own], abs=1e-4)
+            guided = sum(weight * value for weight, value in zip(weights, values, strict=True))
+            assert guided - place["log_z"] == pytest.approx(score["logprob"], abs=1e-4)
+
+
+SCORING = Scoring(num_top=4, has_details=True)
+
+
+async def test_log_probabilities_are_the_references_before_any_shaping(base: LocalReplica, kind: LocalReplica) -> None:
+    lane = Lane(LIMITS)
+    sequences = [
+        sequence("a", base, [(kind, 0.7)], seed=1, scoring=SCORING, temperature=2.0, top_k=9),
+        sequence("b", base, [(kind, -0.7)], seed=1, scoring=SCORING, shaping=SHAPING, max_tokens=20),
+        sequence("c", base, seed=2, scoring=SCORING),
+    ]
+    plain = sequence("d", base, [(kind, 0.7)], seed=1)
+    for live in (*sequences, plain):
+        lane.add(live)
+    for live, shaping in zip(sequences, (None, SHAPING, None), strict=True):
+        check_scores(live, await read_scores(live), expected(live, shaping))
+    assert "scores" not in await plain.read()
+
+
+async def test_log_probabilities_of_an_answer_that_goes_on_elsewhere(base: LocalReplica, kind: LocalReplica) -> None:
+    whole = sequence("whole", base, [(kind, 1.0)], seed=5, scoring=SCORING)
+    undisturbed = expected(whole)
+    live = sequence("resumed", base, [(kind, 1.0)], seed=5, scoring=SCORING)
+    live.resume(Resume(undisturbed.tokens[:5], 5))
+    Lane(LIMITS).add(live)
+    check_scores(live, await read_scores(live), undisturbed, first=5)
 
 
 async def test_guides_that_send_hidden_states_guide_as_others_do(base: LocalReplica, kind: LocalReplica) -> None:
@@ -501,10 +559,10 @@ def test_a_column_without_a_token_is_never_drawn(
                 spelled=Spelled(tokens),
             )
         )
-    assert set(merge_and_draw(live)) <= set(tokens)
+    assert {drawn.token for drawn in merge_and_draw(live)} <= set(tokens)
     for sequence in live:
         sequence.spelled = None
-    assert not set(merge_and_draw(live)) <= set(tokens)
+    assert not {drawn.token for drawn in merge_and_draw(live)} <= set(tokens)
 
 
 def test_tokens_draw_the_same_noise_beside_columns_without_one() -> None:

@@ -9,7 +9,8 @@ import pytest
 from actors.api import Piece
 from cluster.errors import ReplicaLost
 from deploy.batch_lines import to_json
-from deploy.openai_schema import Answer, ChatCompletionRequest, CompletionRequest
+from deploy.openai_answer import Answer
+from deploy.openai_schema import ChatCompletionRequest, CompletionRequest
 from deploy.responses import stream_events
 
 BREAKS = ["\x85", "\u2028", "\u2029", "\n", "\r\n", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
