@@ -84,7 +84,9 @@ class TokenScore(TypedDict):
     bytes: list[int]
     """Of the text, also where they are only part of a character."""
 
-    logprob: float
+    logprob: float | None
+    """None for the first token of a prompt, which nothing comes before."""
+
     voices: NotRequired[dict[str, float]]
     """Each model's own log probability, by its name."""
 
@@ -108,6 +110,14 @@ class Usage(TypedDict):
     total_tokens: int
 
 
+class PromptPiece(TypedDict):
+    """What an answer begins with that echoes its prompt."""
+
+    text: str
+    scores: list[Scores]
+    """Of the prompt's tokens, where they were asked for."""
+
+
 class Piece(TypedDict):
     """What a sequence wrote since the piece before it. The last one has a finish reason."""
 
@@ -119,6 +129,9 @@ class Piece(TypedDict):
     scores: NotRequired[list[Scores]]
     """Of each token, where they were asked for."""
 
+    prompt_echo: NotRequired[PromptPiece]
+    """In the first piece of an answer that echoes it."""
+
 
 def join(pieces: Sequence[Piece]) -> Piece:
     """Return an answer's pieces, all of them, as one."""
@@ -127,6 +140,8 @@ def join(pieces: Sequence[Piece]) -> Piece:
         "text": "".join(piece["text"] for piece in pieces),
         "token_ids": [token for piece in pieces for token in piece["token_ids"]],
     }
+    if "prompt_echo" in pieces[0]:
+        whole["prompt_echo"] = pieces[0]["prompt_echo"]
     if "scores" in pieces[-1]:
         whole["scores"] = [scores for piece in pieces for scores in piece["scores"]]
     return whole

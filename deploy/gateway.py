@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from importlib import metadata
 from typing import Any
@@ -23,8 +23,9 @@ from deploy.access import Access, Guard, caller_of
 from deploy.attempts import REPEATABLE, Attempts, own_errors
 from deploy.facts import Facts
 from deploy.openai_answer import Answer
-from deploy.openai_schema import ChatCompletionRequest, CompletionRequest, TextRequest
+from deploy.openai_schema import ChatCompletionRequest, CompletionRequest
 from deploy.responses import ERRORS, RETRY_AFTER_S, STREAMS, answer_errors, stream_events
+from deploy.several import all_of, interleave
 
 ABSENCE_S = 10
 """The coordinator's own deadline comes first and says more; so much later, there is none that could."""
@@ -133,24 +134,23 @@ class Gateway:
         return await self._answer(request, http)
 
     async def _answer(self, request: CompletionRequest | ChatCompletionRequest, http: Request) -> Response:
+        asked = request.requests(self._guidance.profiles)
         # What is wrong whatever the models are needs no coordinator, whose log would tell it as a failure.
-        parse_request(self._guidance, self._fields(request), self._deadline_s)
-        request.is_for(caller_of(http.scope))
-        answer = Answer(request)
+        for fields in asked[:: request.num_written]:
+            parse_request(self._guidance, fields, self._deadline_s)
+        answer, caller = Answer(request), caller_of(http.scope)
         if not request.stream:
-            return JSONResponse(answer.whole(await self._generate(request)))
-        pieces = self._stream(request)
+            whole = await all_of([self._generate({**fields, "caller": caller}) for fields in asked])
+            return JSONResponse(answer.whole(whole))
+        pieces = interleave([self._stream({**fields, "caller": caller}) for fields in asked])
         # The first pieces decide between an error's own status and a stream.
         first = await anext(pieces)
         events = stream_events(answer, first, pieces, with_usage=request.wants_usage_chunk)
         return StreamingResponse(events, media_type="text/event-stream")
 
-    def _fields(self, request: TextRequest) -> dict[str, Any]:
-        return request.fields(self._guidance.profiles)
-
-    async def _generate(self, request: TextRequest) -> Piece:
+    async def _generate(self, fields: Mapping[str, Any]) -> Piece:
         """A whole answer; given up when the client leaves."""
-        attempts = Attempts(self._fields(request), deadline_s=self._deadline_s)
+        attempts = Attempts(fields, deadline_s=self._deadline_s)
         while True:
             call = self._coordinator.generate.remote(**attempts.fields())
             answer: Piece | None = None
@@ -165,9 +165,9 @@ class Gateway:
                 if answer is None:
                     call.cancel()
 
-    async def _stream(self, request: TextRequest) -> AsyncGenerator[list[Piece], None]:
+    async def _stream(self, fields: Mapping[str, Any]) -> AsyncGenerator[list[Piece], None]:
         """An answer in pieces, as many at a time as there are; given up when the client leaves."""
-        attempts = Attempts(self._fields(request), deadline_s=self._deadline_s)
+        attempts = Attempts(fields, deadline_s=self._deadline_s)
         while not attempts.is_finished:
             try:
                 async with aclosing(self._read(attempts)) as batches:

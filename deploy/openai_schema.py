@@ -7,18 +7,19 @@ cannot change a text are taken, and of those that are not supported the values t
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from actors.coordinator.admission import Caller
 from actors.coordinator.request import (
+    MAX_ANSWERS,
     MAX_LOGPROBS,
     ChatMessage,
     GenerationRequest,
     Integer,
-    Text,
     TextOptions,
+    TextOrTokens,
     Weights,
-    as_integer,
+    choose_seed,
+    impossible,
     without_nulls,
 )
 from actors.settings import Profile
@@ -28,7 +29,17 @@ ErrorType = Literal["invalid_request_error", "overloaded_error", "server_error"]
 COMPLETION_TOKENS = 16
 """What /v1/completions writes where nobody says how much, as OpenAI's does."""
 
-One = Annotated[Literal[1], BeforeValidator(as_integer)]
+Prompts = Annotated[
+    list[TextOrTokens],
+    Field(min_length=1, max_length=MAX_ANSWERS),
+    BeforeValidator(lambda prompt: prompt if _is_list_of_prompts(prompt) else [prompt]),
+]
+"""One prompt or several."""
+
+
+def _is_list_of_prompts(prompt: Any) -> bool:
+    """Whether it is neither a text nor one prompt's tokens."""
+    return isinstance(prompt, list) and not any(isinstance(item, int | float) for item in prompt[:1])
 
 
 class Guidance(BaseModel):
@@ -84,23 +95,18 @@ class WithoutEffect(BaseModel):
     prompt_cache_key: str | None = None
 
 
-class NotSupported(BaseModel):
-    """Fields of which only the values are taken that change nothing."""
-
-    n: One = 1
-
-
-class TextRequest(TextOptions, WithoutEffect, NotSupported):
+class TextRequest(TextOptions, WithoutEffect):
     """What both endpoints take."""
 
     model: str
     """A profile: a named set of weights."""
 
+    n: Integer = Field(default=1, ge=1, le=MAX_ANSWERS)
+    """Answers to each prompt."""
+
     stream: bool = False
     stream_options: StreamOptions | None = None
     guidance: Guidance | None = None
-
-    _caller: Caller | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "TextRequest":
@@ -113,38 +119,85 @@ class TextRequest(TextOptions, WithoutEffect, NotSupported):
         """Whether a stream ends with a chunk of token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def is_for(self, caller: Caller) -> None:
-        """Note whom the request is for, which no body can say."""
-        self._caller = caller
+    @property
+    def num_written(self) -> int:
+        """Answers that are written to each prompt."""
+        return self.n
 
-    def fields(self, profiles: Mapping[str, Profile]) -> dict[str, Any]:
-        """The request as the coordinator takes it: what was given, by the coordinator's names."""
+    @property
+    def num_answers(self) -> int:
+        """Answers that are written to all prompts."""
+        return self.num_written * len(self._prompts())
+
+    def requests(self, profiles: Mapping[str, Profile]) -> list[dict[str, Any]]:
+        """Return one request for each answer, as the coordinator takes it: what was given, by the coordinator's names.
+
+        Answers to one prompt follow each other, and differ in their sample index.
+        """
+        fields = {"seed": choose_seed(), **self._fields(profiles)}
+        return [
+            {**fields, **prompt, "sample": sample} for prompt in self._prompts() for sample in range(self.num_written)
+        ]
+
+    def _prompts(self) -> list[dict[str, Any]]:
+        """The fields in which prompts differ, of each prompt."""
+        return [{}]
+
+    def _fields(self, profiles: Mapping[str, Profile]) -> dict[str, Any]:
         given = self.model_dump(exclude_unset=True, include=set(GenerationRequest.model_fields))
         if self.guidance is not None and self.guidance.weights is not None:
             given["weights"] = self.guidance.weights
         if self.guidance is not None and self.guidance.details:
             given["details"] = True
-        if self._caller is not None:
-            given["caller"] = self._caller
         return given
 
 
 class CompletionRequest(TextRequest):
     """Body of POST /v1/completions."""
 
-    prompt: Text
+    prompt: Prompts
+    max_tokens: Integer | None = Field(default=None, ge=0)
+    """0 only goes with `echo`."""
+
     logprobs: Integer | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """Of each token, and of so many most probable ones."""
 
-    best_of: One = 1
-    echo: Literal[False] = False
+    best_of: Integer | None = Field(default=None, ge=1, le=MAX_ANSWERS)
+    """Answers that are written to each prompt, of which the `n` most probable ones are given."""
 
-    def fields(self, profiles: Mapping[str, Profile]) -> dict[str, Any]:
-        """The request as the coordinator takes it; the length that nobody has said is OpenAI's."""
-        given = super().fields(profiles)
+    echo: bool = False
+    """Whether an answer begins with its prompt."""
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of < self.n:
+            raise impossible(f"best_of: {self.best_of} is less than n, {self.n}", "best_of")
+        if self.best_of is not None and self.best_of > self.n and self.stream:
+            raise impossible("best_of: which answers are the best is known at their end; leave stream out", "best_of")
+        if self.num_answers > MAX_ANSWERS:
+            raise impossible(
+                f"n: {len(self.prompt)} prompts with {self.num_written} answers each are {self.num_answers} answers; "
+                f"one request may have {MAX_ANSWERS}",
+                "n",
+            )
+        return self
+
+    @property
+    def num_written(self) -> int:
+        """Answers that are written to each prompt."""
+        return self.best_of or self.n
+
+    def _prompts(self) -> list[dict[str, Any]]:
+        return [{"prompt": prompt} for prompt in self.prompt]
+
+    def _fields(self, profiles: Mapping[str, Profile]) -> dict[str, Any]:
+        """Those of all prompts; the length that nobody has said is OpenAI's."""
+        given = super()._fields(profiles)
         profile = profiles.get(self.model)
         if "max_tokens" not in given and (profile is None or profile.sampling.max_tokens is None):
             given["max_tokens"] = COMPLETION_TOKENS
+        if self.num_written > self.n:
+            given.setdefault("logprobs", 0)
         return given
 
 
@@ -178,9 +231,8 @@ class ChatCompletionRequest(TextRequest):
             raise ValueError("top_logprobs only goes with logprobs: true")
         return self
 
-    def fields(self, profiles: Mapping[str, Profile]) -> dict[str, Any]:
-        """The request as the coordinator takes it."""
-        given = super().fields(profiles)
+    def _fields(self, profiles: Mapping[str, Profile]) -> dict[str, Any]:
+        given = super()._fields(profiles)
         if self.max_completion_tokens is not None:
             given["max_tokens"] = self.max_completion_tokens
         given.pop("logprobs", None)

@@ -11,7 +11,6 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
-from actors.api import Piece
 from actors.coordinator.request import invalid_request
 from cluster.errors import (
     ContextExceeded,
@@ -26,6 +25,7 @@ from cluster.errors import (
 from deploy.json_lines import to_line
 from deploy.openai_answer import Answer
 from deploy.openai_schema import ErrorAnswer, ErrorDetail, ErrorType
+from deploy.several import Batch
 
 STATUS: dict[type[BaseException], tuple[int, ErrorType, str | None]] = {
     UnknownModel: (404, "invalid_request_error", "model_not_found"),
@@ -68,19 +68,18 @@ def answer_errors(app: FastAPI) -> None:
 
 
 async def stream_events(
-    answer: Answer, first: list[Piece], rest: AsyncGenerator[list[Piece], None], *, with_usage: bool
+    answer: Answer, first: Batch, rest: AsyncGenerator[Batch, None], *, with_usage: bool
 ) -> AsyncIterator[str]:
     """Yield a stream's events, those that are due at once together; an error after the first token is the last of them.
 
     Args:
         answer: forms the chunks.
-        first: the first pieces, at least one.
+        first: the first pieces, at least one, each with its choice.
         rest: those after them; closed when the stream ends.
         with_usage: whether a last chunk gives the token counts.
     """
-    pieces = first
     try:
-        yield _events(answer, pieces, with_usage=with_usage)
+        yield _events(answer, first, with_usage=with_usage)
         async for pieces in rest:
             yield _events(answer, pieces, with_usage=with_usage)
     except FAILURES as error:
@@ -90,13 +89,12 @@ async def stream_events(
         await rest.aclose()
 
 
-def _events(answer: Answer, pieces: list[Piece], *, with_usage: bool) -> str:
-    """The events of some pieces; after the answer's last one, those that end the stream."""
-    events = [_event(answer.chunk(piece)) for piece in pieces]
-    last = pieces[-1]
-    if last["finish_reason"] is not None:
+def _events(answer: Answer, pieces: Batch, *, with_usage: bool) -> str:
+    """The events of some pieces; after the last one of all answers, those that end the stream."""
+    events = [_event(answer.chunk(index, piece)) for index, piece in pieces]
+    if answer.is_finished:
         if with_usage:
-            events.append(_event(answer.usage_chunk(last["usage"])))
+            events.append(_event(answer.usage_chunk()))
         events.append("data: [DONE]\n\n")
     return "".join(events)
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from actors.api import Piece, Resume, join
 from actors.coordinator.admission import UNNAMED, Admission, Caller
+from actors.coordinator.echo import Echo
 from actors.coordinator.figures import Figures
 from actors.coordinator.lane import Lane
 from actors.coordinator.presence import Presence
@@ -132,7 +133,7 @@ class Coordinator:
                 # Never around a `yield`: the time that a caller takes to come back is not ours to cancel.
                 async with asyncio.timeout_at(deadline), self._admission.turn(caller, request.weights):
                     sequence = await self._begin(request, resume, tenancy)
-                ticket.charge(len(sequence.voices[0].tokens))
+                ticket.charge(sequence.num_prompt_tokens)
                 while True:
                     async with asyncio.timeout_at(deadline):
                         piece = await sequence.read()
@@ -204,9 +205,11 @@ class Coordinator:
                 shows_special=request.shows_special,
                 min_tokens=request.shaping.min_tokens,
             ),
+            sample=request.sample,
             spelled=known.spelled,
             shaper=shaper,
             scoring=request.scoring,
+            echo=_echo(request, leases, known) if request.echoes and resume is None else None,
             spelling=known.spelling,
             writes_end=request.includes_stop,
         )
@@ -239,11 +242,37 @@ class Coordinator:
 
 def _check_tokens(request: Generation, spelled: Spelled) -> None:
     """Raise `InvalidRequest` if the request names a token that the base does not have."""
-    for field, tokens in (("logit_bias", request.shaping.logit_bias), ("stop_token_ids", request.stop_tokens)):
+    named = {
+        "logit_bias": request.shaping.logit_bias,
+        "stop_token_ids": request.stop_tokens,
+        "prompt": request.prompt.tokens or (),
+    }
+    for field, tokens in named.items():
         for token in tokens:
             if token not in spelled:
                 message = f"{field}: the base has no token {token}; its ids go up to {spelled.num_columns - 1}"
                 raise InvalidRequest(message, field)
+
+
+def _echo(request: Generation, leases: Mapping[str, Lease], known: KnownBase) -> Echo:
+    """What is told of a prompt before its answer.
+
+    Raises:
+        InvalidRequest: a guide has other tokens for it, so that they cannot be told of one by one.
+    """
+    tokens = list(leases[NO_GUIDANCE].prompt_tokens)
+    if request.scoring is not None:
+        for name, lease in leases.items():
+            if list(lease.prompt_tokens) != tokens:
+                raise InvalidRequest(
+                    f"echo: guide {name!r} reads this prompt in other tokens than the base (prompt_template), so that "
+                    "its log probabilities cannot be told; leave echo, logprobs or the guide out",
+                    "echo",
+                )
+    text = request.prompt.text
+    if text is None:
+        text = known.tokenizer.decode(tokens, skip_special_tokens=not request.shows_special)
+    return Echo(text=text, tokens=tokens, is_scored=request.scoring is not None)
 
 
 def _weight(request: Generation, name: str, lease: Lease) -> float:

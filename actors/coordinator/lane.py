@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from actors.coordinator.figures import Figures
-from actors.coordinator.outputs import logits_by_voice
+from actors.coordinator.outputs import logits_by_voice, logits_of
 from actors.coordinator.plan import Message, Part, plan_step
 from actors.coordinator.sequence import LiveSequence
 from actors.guidance import Guidance, drawing
@@ -105,7 +105,8 @@ class Lane:
         self._write()
         await self._gather(flights)
         times_s.append(time.perf_counter())
-        ready = [sequence for sequence in self._sequences if sequence.can_draw]
+        await self._read_prompts()
+        ready = [sequence for sequence in self._sequences if sequence.can_draw and not sequence.is_reading]
         if ready:
             drawn = await asyncio.to_thread(merge_and_draw, ready)
             times_s.append(time.perf_counter())
@@ -161,9 +162,12 @@ class Lane:
         self._landed.append(rows)
         failures = {failure.sequence: failure for failure in rows.failures}
         completed = [part for part in parts if part.seat.key not in failures]
-        for part, row in zip(completed, rows.tensor, strict=True):
+        start = 0
+        for part in completed:
             if part.is_current:
-                part.voice.row = row
+                reads = part.sequence.is_reading
+                part.voice.row = rows.tensor[start : start + part.num_rows] if reads else rows.tensor[start]
+            start += part.num_rows
         for part in parts:
             failure = failures.get(part.seat.key)
             if failure is not None and part.is_current:
@@ -202,6 +206,14 @@ class Lane:
             await asyncio.wait({arrival, *self._flights}, return_when=asyncio.FIRST_COMPLETED)
             arrival.cancel()
 
+    async def _read_prompts(self) -> None:
+        """Take what rows say of prompts that are told of."""
+        reading = [sequence for sequence in self._sequences if sequence.is_reading and sequence.can_draw]
+        if reading:
+            for sequence, scores in zip(reading, await asyncio.to_thread(score_prompts, reading), strict=True):
+                if sequence.can_draw:
+                    sequence.read_on(scores)
+
     def _commit(self, sequences: Sequence[LiveSequence], drawn: Sequence[Drawn]) -> None:
         for sequence, (token, scores) in zip(sequences, drawn, strict=True):
             if token is None:
@@ -226,6 +238,26 @@ class Lane:
             self._landed.clear()
 
 
+def score_prompts(sequences: Sequence[LiveSequence]) -> list[list[RowScores]]:
+    """Return what each sequence's rows say of the next tokens of its prompt."""
+    return [_score_prompt(sequence) for sequence in sequences]
+
+
+def _score_prompt(sequence: LiveSequence) -> list[RowScores]:
+    echo, scoring = sequence.echo, sequence.scoring
+    assert echo is not None
+    assert scoring is not None
+    first = 1 + len(echo.scores)
+    base, *guides = (logits_of(voice) for voice in sequence.voices)
+    gaps = sequence.spelled.guidance() if sequence.spelled else []
+    scores = []
+    for i, token in enumerate(echo.tokens[first : first + len(base)]):
+        row = sequence.spelled.cut(base[i]) if sequence.spelled else base[i]
+        guidance = [Guidance(voice.weight, rows[i]) for voice, rows in zip(sequence.voices[1:], guides, strict=True)]
+        scores.append(score(row, guidance, gaps, token, scoring))
+    return scores
+
+
 def merge_and_draw(sequences: Sequence[LiveSequence]) -> list[Drawn]:
     """Return the next token of each sequence, from the rows of all its voices."""
     logits = logits_by_voice(voice for sequence in sequences for voice in sequence.voices)
@@ -240,7 +272,7 @@ def merge_and_draw(sequences: Sequence[LiveSequence]) -> list[Drawn]:
         [[*guides, *gap] for guides, gap in zip(guidance, gaps, strict=True)],
         [sequence.sampling for sequence in sequences],
         [len(sequence.output) for sequence in sequences],
-        [0] * len(sequences),
+        [sequence.sample for sequence in sequences],
         [sequence.shaper for sequence in sequences],
     )
     return [

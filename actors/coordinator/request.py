@@ -11,10 +11,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     WithJsonSchema,
+    WrapValidator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from actors.api import Sampling, Scoring, Shaping
 from actors.prompts import Message, Prompt
@@ -25,12 +28,18 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 1024
 MAX_BIASES = 4096
 MAX_LOGPROBS = 20
+MAX_ANSWERS = 128
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 def without_nulls(fields: Any) -> Any:
     """Return an object without its fields that are null: to send null is to leave a field out."""
     return {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
+
+
+def impossible(message: str, field: str) -> PydanticCustomError:
+    """Return what a validator raises where fields do not go together, one of which is to be named."""
+    return PydanticCustomError("impossible", "{message}", {"message": message, "field": field})
 
 
 def as_integer(value: Any) -> Any:
@@ -70,6 +79,22 @@ Nothing = Annotated[
 
 Text = Annotated[str, Field(max_length=4_000_000)]
 """More than any context holds. Half a surrogate pair, which has no tokens, is no text either."""
+
+TEXT: TypeAdapter[str] = TypeAdapter(Text)
+TOKENS: TypeAdapter[list[int]] = TypeAdapter(list[Annotated[Integer, Field(ge=0)]])
+
+
+def _text_or_tokens(prompt: Any, _: Any) -> Any:
+    kind: TypeAdapter[Any] = TOKENS if isinstance(prompt, list) else TEXT
+    return kind.validate_python(prompt, strict=True)
+
+
+TextOrTokens = Annotated[
+    str | list[int],
+    WrapValidator(_text_or_tokens),
+    WithJsonSchema({"anyOf": [TEXT.json_schema(), TOKENS.json_schema()]}),
+]
+"""A prompt: a text, or its ids in the base's tokens."""
 
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=1000)]],
@@ -125,8 +150,8 @@ class TextOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    max_tokens: Integer | None = Field(default=None, ge=1)
-    """At most so many tokens; up to the context limit if absent."""
+    max_tokens: Integer | None = Field(default=None, ge=0)
+    """At most so many tokens; up to the context limit if absent. 0 only goes with `echo`."""
 
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -177,7 +202,7 @@ class TextOptions(BaseModel):
 class GenerationRequest(TextOptions):
     """What a caller may ask for. Fields that are absent take the field's usual meaning."""
 
-    prompt: Text | None = None
+    prompt: TextOrTokens | None = None
     messages: list[ChatMessage] | None = None
     model: str = NO_GUIDANCE
     """A profile: a named set of weights."""
@@ -191,6 +216,12 @@ class GenerationRequest(TextOptions):
     details: bool = False
     """Whether `logprobs` tells each model's own too."""
 
+    echo: bool = False
+    """Whether the answer begins with the prompt, and with `logprobs` tells those of its tokens."""
+
+    sample: int = Field(default=0, ge=0, lt=MAX_ANSWERS)
+    """Which of several answers to the same request this is: each draws with noise of its own."""
+
     @model_validator(mode="after")
     def _need_one_prompt(self) -> "GenerationRequest":
         if (self.prompt is None) == (self.messages is None):
@@ -198,9 +229,15 @@ class GenerationRequest(TextOptions):
         return self
 
     @model_validator(mode="after")
-    def _details_need_logprobs(self) -> "GenerationRequest":
+    def _check_together(self) -> "GenerationRequest":
         if self.details and self.logprobs is None:
-            raise ValueError("guidance.details only goes with logprobs")
+            raise impossible("guidance.details only goes with logprobs", "details")
+        if self.max_tokens == 0 and not self.echo:
+            raise impossible("max_tokens: 0 tokens are no answer; ask for at least 1, or for echo", "max_tokens")
+        if self.echo and self.prompt is None:
+            raise impossible("echo goes with a prompt, not with messages; leave it out", "echo")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise impossible(f"min_tokens: {self.min_tokens} is more than max_tokens, {self.max_tokens}", "min_tokens")
         return self
 
 
@@ -216,6 +253,8 @@ class Generation:
     sampling: Sampling
     shaping: Shaping
     scoring: Scoring | None
+    sample: int
+    echoes: bool
     max_tokens: int | None
     stop: tuple[str, ...]
     stop_tokens: frozenset[int]
@@ -247,13 +286,13 @@ def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any], deadlin
         raise invalid_request(error.errors()[0]) from error
     if request.timeout is not None and request.timeout > deadline_s:
         raise InvalidRequest(f"timeout: {request.timeout:g} s is more than the limit, {deadline_s:g} s", "timeout")
-    if request.max_tokens is not None and request.min_tokens > request.max_tokens:
-        raise InvalidRequest(
-            f"min_tokens: {request.min_tokens} is more than max_tokens, {request.max_tokens}", "min_tokens"
-        )
     messages = None if request.messages is None else [message.plain() for message in request.messages]
     return Generation(
-        prompt=Prompt(text=request.prompt, messages=messages),
+        prompt=Prompt(
+            text=request.prompt if isinstance(request.prompt, str) else None,
+            tokens=request.prompt if isinstance(request.prompt, list) else None,
+            messages=messages,
+        ),
         weights=_choose_weights(guidance, request),
         sampling=Sampling(
             temperature=request.temperature,
@@ -270,6 +309,8 @@ def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any], deadlin
             min_tokens=request.min_tokens,
         ),
         scoring=None if request.logprobs is None else Scoring(num_top=request.logprobs, has_details=request.details),
+        sample=request.sample,
+        echoes=request.echo,
         max_tokens=request.max_tokens,
         stop=tuple(request.stop),
         stop_tokens=frozenset(request.stop_token_ids),
@@ -315,6 +356,8 @@ def invalid_request(complaint: Mapping[str, Any]) -> InvalidRequest:
     field = ".".join(str(part) for part in complaint["loc"]) or ('""' if complaint["loc"] else None)
     if complaint["type"] in ("extra_forbidden", "none_required"):
         return InvalidRequest(f"{field} is not supported; leave it out", field)
+    if complaint["type"] == "impossible":
+        return InvalidRequest(complaint["msg"], complaint["ctx"]["field"])
     if complaint["type"] == "missing":
         return InvalidRequest(f"{field or 'the body'} is missing", field)
     if complaint["type"] == "value_error":

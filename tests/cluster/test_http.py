@@ -313,9 +313,12 @@ def test_a_completion_without_max_tokens_has_openais_16(service: Service) -> Non
 @pytest.mark.parametrize(
     ("body", "status", "field", "says"),
     [
-        ({"n": 2}, 400, "n", "Input should be 1, not 2"),
+        ({"n": 0}, 400, "n", "greater than or equal to 1, not 0"),
+        ({"n": 129}, 400, "n", "less than or equal to 128"),
+        ({"n": 3, "prompt": ["a"] * 100}, 400, "n", "100 prompts with 3 answers each are 300 answers"),
+        ({"n": 3, "best_of": 2}, 400, "best_of", "2 is less than n, 3"),
         ({"logprobs": 21}, 400, "logprobs", "less than or equal to 20, not 21"),
-        ({"guidance": {"details": True}}, 400, None, "guidance.details only goes with logprobs"),
+        ({"guidance": {"details": True}}, 400, "guidance.details", "guidance.details only goes with logprobs"),
         ({"presence_penalty": 2.5}, 400, "presence_penalty", "less than or equal to 2, not 2.5"),
         ({"logit_bias": {"80": 1}}, 400, "logit_bias", "the base has no token 80; its ids go up to 79"),
         ({"stop_token_ids": [80]}, 400, "stop_token_ids", "the base has no token 80"),
@@ -335,10 +338,17 @@ def test_a_completion_without_max_tokens_has_openais_16(service: Service) -> Non
         ({"model": None}, 400, "model", "model is missing"),
         ({"model": 3}, 400, "model", "valid string, not 3"),
         ({"prompt": ""}, 400, "prompt", "empty"),
-        ({"prompt": ["a", "b"]}, 400, "prompt", "valid string"),
+        ({"prompt": []}, 400, "prompt", "at least 1 item"),
+        ({"prompt": ["a", 3]}, 400, "prompt.1", "valid string, not 3"),
+        ({"prompt": {"a": 1}}, 400, "prompt.0", "valid string"),
+        ({"prompt": [[]]}, 400, "prompt", "prompt is empty"),
+        ({"prompt": [1, "a"]}, 400, "prompt.0.1", "valid integer, not 'a'"),
+        ({"prompt": [1, 80]}, 400, "prompt", "id 80, and the model was made with 80 tokens"),
+        ({"suffix": "x"}, 400, "suffix", "not supported"),
         ({"prompt": "x" * 128}, 400, "prompt", "128 tokens, but the context limit is 128"),
         ({"prompt": "x" * 28, "max_tokens": 101}, 400, "max_tokens", "28 prompt tokens and 101 new ones"),
-        ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1, not 0"),
+        ({"max_tokens": -1}, 400, "max_tokens", "greater than or equal to 0, not -1"),
+        ({"max_tokens": 0}, 400, "max_tokens", "0 tokens are no answer"),
         ({"temperature": -0.1}, 400, "temperature", "greater than or equal to 0"),
         ({"top_p": 0}, 400, "top_p", "greater than 0"),
         ({"top_k": -2}, 400, "top_k", "greater than or equal to -1"),
@@ -396,8 +406,8 @@ def test_a_guide_without_a_chat_template_is_named(service: Service) -> None:
 def test_openais_client_raises_its_own_errors(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="no model 'gpt-5'"):
         client.completions.create(model="gpt-5", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="n: Input should be 1"):
-        client.completions.create(**PLAIN, n=3)
+    with pytest.raises(openai.BadRequestError, match="n: Input should be less than or equal to 128"):
+        client.completions.create(**PLAIN, n=300)
 
 
 def test_the_openapi_schema_lists_the_endpoints(service: Service) -> None:

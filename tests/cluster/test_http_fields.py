@@ -1,11 +1,13 @@
 """What fields of OpenAI's and vLLM's do to an answer, as OpenAI's own client sends them."""
 
 import math
+from statistics import fmean
 from typing import Any
 
 import pytest
 from openai import OpenAI
 
+from deploy.client import Client
 from tests import tiny
 from tests.cluster.conftest import Service
 from tests.cluster.test_http import CHAT, PLAIN, client, post, service
@@ -144,3 +146,109 @@ def test_log_probabilities_are_of_the_text_without_penalties(client: OpenAI) -> 
     assert top["q"] < 0
     first = (plain.tokens or [])[0]
     assert first not in top or top[first] == pytest.approx((plain.token_logprobs or [])[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_answers_are_those_of_their_sample_indices(client: OpenAI, stream: bool) -> None:
+    fields: dict[str, Any] = {**GUIDED, "max_tokens": 20}
+    python = {"prompt": PLAIN["prompt"], "seed": PLAIN["seed"], "max_tokens": 20, "model": "kinder"}
+    expected = [Client().generate(**python, sample=sample)["text"] for sample in range(4)]
+    assert len(set(expected)) == 4
+    if stream:
+        options: Any = {"include_usage": True}
+        *chunks, last = client.completions.create(**fields, n=4, stream=True, stream_options=options)
+        texts = [""] * 4
+        for chunk in chunks:
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+        assert texts == expected
+        assert [chunk.choices[0].finish_reason for chunk in chunks].count("length") == 4
+        usage = last.usage
+    else:
+        answer = client.completions.create(**fields, n=4)
+        assert [choice.text for choice in answer.choices] == expected
+        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+        usage = answer.usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (9, 80, 89)
+    assert client.completions.create(**fields).choices[0].text == expected[0]
+
+
+def test_a_chat_gives_several_answers(client: OpenAI) -> None:
+    body: dict[str, Any] = {"model": "kinder", "messages": CHAT, "max_tokens": 8, "seed": 4}
+    whole = client.chat.completions.create(**body, n=3)
+    texts = [choice.message.content for choice in whole.choices]
+    assert len(set(texts)) == 3
+    streamed = [""] * 3
+    for chunk in client.chat.completions.create(**body, n=3, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+
+
+def test_a_request_may_have_several_prompts(client: OpenAI) -> None:
+    fields: dict[str, Any] = {"model": "kinder", "max_tokens": 6, "seed": 4}
+    prompts = ["once upon", "a time", "x"]
+    single = [client.completions.create(prompt=prompt, **fields, n=2) for prompt in prompts]
+    answer = client.completions.create(prompt=prompts, **fields, n=2)
+    assert [choice.text for choice in answer.choices] == [choice.text for one in single for choice in one.choices]
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == sum(map(len, prompts))
+    ids: list[list[int]] = TOKENIZER(prompts).input_ids
+    by_tokens = client.completions.create(prompt=ids, **fields, n=2)
+    assert by_tokens.choices == answer.choices
+    alone = client.completions.create(prompt=ids[0], **fields)
+    assert alone.choices[0].text == answer.choices[0].text
+
+
+def test_the_best_of_several_answers(client: OpenAI) -> None:
+    fields: dict[str, Any] = {**GUIDED, "temperature": 1.5}
+    written = client.completions.create(**fields, n=5, logprobs=0).choices
+    logprobs: list[Any] = [choice.logprobs.token_logprobs for choice in written if choice.logprobs]
+    best = sorted(range(5), key=lambda i: -fmean(logprobs[i]))
+    given = client.completions.create(**fields, n=2, best_of=5)
+    assert [choice.text for choice in given.choices] == [written[i].text for i in best[:2]]
+    assert [choice.logprobs for choice in given.choices] == [None, None]
+    assert given.usage is not None
+    assert given.usage.completion_tokens == sum(map(len, logprobs))
+
+
+def test_an_answer_may_begin_with_its_prompt(client: OpenAI) -> None:
+    answer = text(client)
+    assert text(client, echo=True) == PLAIN["prompt"] + answer
+    assert text(client, echo=True, max_tokens=0) == PLAIN["prompt"]
+    streamed = client.completions.create(**GUIDED, echo=True, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == PLAIN["prompt"] + answer
+    ids: list[int] = TOKENIZER(PLAIN["prompt"]).input_ids
+    assert text(client, prompt=ids, echo=True) == PLAIN["prompt"] + answer
+
+
+@pytest.mark.parametrize("model", ["base", "kinder"])
+def test_a_prompts_tokens_have_the_log_probabilities_that_they_have_in_answers(client: OpenAI, model: str) -> None:
+    fields: dict[str, Any] = {**PLAIN, "model": model, "max_tokens": 60, "logprobs": 3}
+    written = client.completions.create(**fields).choices[0]
+    whole = PLAIN["prompt"] + written.text
+    told = client.completions.create(**{**fields, "prompt": whole, "max_tokens": 0}, echo=True)
+    choice = told.choices[0]
+    assert (choice.text, choice.finish_reason) == (whole, "length")
+    assert choice.logprobs is not None
+    assert written.logprobs is not None
+    assert choice.logprobs.tokens == list(whole)
+    assert choice.logprobs.text_offset == list(range(len(whole)))
+    logprobs = choice.logprobs.token_logprobs or []
+    assert logprobs[0] is None
+    assert (choice.logprobs.top_logprobs or [])[0] is None
+    # The token that ended the text is none of the prompt's.
+    expected = (written.logprobs.token_logprobs or [])[: len(written.text)]
+    assert logprobs[len(PLAIN["prompt"]) :] == pytest.approx(expected, abs=1e-4)
+    assert told.usage is not None
+    assert (told.usage.prompt_tokens, told.usage.completion_tokens) == (len(whole), 0)
+    more = client.completions.create(**{**fields, "max_tokens": 5}, echo=True).choices[0]
+    assert more.logprobs is not None
+    assert more.logprobs.tokens == list(whole[: len(PLAIN["prompt"]) + 5])
+
+
+def test_a_reply_is_scored_with_each_models_own(service: Service) -> None:
+    body = {**GUIDED, "prompt": "it was so kind", "max_tokens": 0, "echo": True, "logprobs": 0}
+    told = post(service, {**body, "guidance": {"details": True}}).json()["choices"][0]["logprobs"]
+    assert (told["voices"][0], told["log_z"][0]) == (None, None)
+    for logprob, voices, log_z in zip(told["token_logprobs"][1:], told["voices"][1:], told["log_z"][1:], strict=True):
+        check_details({"logprob": logprob, "voices": voices, "log_z": log_z}, {"kind": 0.8})

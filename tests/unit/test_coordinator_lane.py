@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from actors.api import Piece, Resume, Scores, Scoring, Shaping
+from actors.coordinator.echo import Echo
 from actors.coordinator.lane import Lane, merge_and_draw
 from actors.coordinator.plan import plan_step
 from actors.coordinator.sequence import LiveSequence, Seat, Voice
@@ -97,6 +98,8 @@ def sequence(
     max_tokens: int = 12,
     shaping: Shaping | None = None,
     scoring: Scoring | None = None,
+    echoes: bool = False,
+    sample: int = 0,
     **sampling: Any,
 ) -> LiveSequence:
     fast = tiny.tokenizer(80)
@@ -114,6 +117,8 @@ def sequence(
         writer=TextWriter(fast.backend_tokenizer, tokens),
         shaper=None if shaping is None else Shaper(shaping, prompt=tokens, end_tokens={0}),
         scoring=scoring,
+        sample=sample,
+        echo=Echo(text=prompt, tokens=tokens, is_scored=scoring is not None) if echoes else None,
         spelling=Spelling(fast.backend_tokenizer),
     )
 
@@ -146,6 +151,7 @@ def expected(live: LiveSequence, shaping: Shaping | None = None) -> oracle.Refer
         keeps_laws=live.scoring is not None,
         max_tokens=live.max_tokens,
         end_tokens=live.end_tokens,
+        sample=live.sample,
     )
 
 
@@ -256,6 +262,74 @@ async def test_log_probabilities_of_an_answer_that_goes_on_elsewhere(base: Local
     live.resume(Resume(undisturbed.tokens[:5], 5))
     Lane(LIMITS).add(live)
     check_scores(live, await read_scores(live), undisturbed, first=5)
+
+
+async def test_each_sample_has_noise_of_its_own(base: LocalReplica, kind: LocalReplica) -> None:
+    lane = Lane(LIMITS)
+    sequences = [sequence(f"sample {i}", base, [(kind, 1.0)], seed=3, sample=i) for i in range(4)]
+    for live in sequences:
+        lane.add(live)
+    for live in sequences:
+        assert await read_all(live) == expected(live).tokens
+    assert len({tuple(live.output) for live in sequences}) == 4
+
+
+@torch.inference_mode()
+def check_prompt(live: LiveSequence, places: Sequence[Scores], prompt: Sequence[int]) -> None:
+    """Check a prompt's log probabilities against all of its rows, from one pass of each model."""
+    rows = [voice.seat.replica.model(torch.tensor([prompt])).logits[0] for voice in live.voices]  # type: ignore[union-attr]
+    assert [place["drawn"]["token"] for place in places] == list(prompt)
+    assert places[0]["drawn"]["logprob"] is None
+    for i, place in enumerate(places[1:]):
+        guidance = [oracle.Guidance(voice.weight, row[i]) for voice, row in zip(live.voices[1:], rows[1:], strict=True)]
+        merged_V, *own = oracle.laws([row[i] for row in rows], guidance)
+        token = prompt[i + 1]
+        assert place["drawn"]["logprob"] == pytest.approx(float(merged_V[token]), abs=1e-4)
+        assert list(place["drawn"]["voices"].values()) == pytest.approx([float(law[token]) for law in own], abs=1e-4)
+        assert [score["token"] for score in place["top"]] == merged_V.topk(4).indices.tolist()
+
+
+@pytest.mark.parametrize("prompt", ["a", "ab", "x" * 32, "it was a dark and stormy night, and the rain", "y" * 65])
+@pytest.mark.parametrize("max_tokens", [0, 1, 9])
+async def test_a_prompt_is_told_of_token_by_token(kind: LocalReplica, prompt: str, max_tokens: int) -> None:
+    base, hidden, lane = LocalReplica(BASE), LocalReplica(TERSE, "hidden_states"), Lane(LIMITS)
+    live = sequence(
+        "told", base, [(kind, 0.7), (hidden, -0.4)], prompt=prompt, max_tokens=max_tokens, scoring=SCORING, echoes=True
+    )
+    other = sequence("other", base, [(kind, 1.0)], seed=2, max_tokens=20)
+    lane.add(live)
+    lane.add(other)
+    first = await asyncio.wait_for(live.read(), 60)
+    assert first["prompt_echo"]["text"] == prompt
+    check_prompt(live, first["prompt_echo"]["scores"], tiny.tokenizer(80)(prompt).input_ids)
+    while live.finish_reason is None:
+        assert "prompt_echo" not in await asyncio.wait_for(live.read(), 60)
+    assert live.finish_reason == "length"
+    if max_tokens:
+        assert live.output == expected(live).tokens
+    assert await read_all(other) == expected(other).tokens
+
+
+async def test_a_prompt_that_its_replica_gave_up_is_told_of_all_the_same(
+    base: LocalReplica, kind: LocalReplica
+) -> None:
+    lane = Lane(LIMITS)
+    prompt = "z" * 40 + "abcdefgh" * 5
+    live = sequence("told", base, [(kind, 1.0)], prompt=prompt, max_tokens=3, scoring=SCORING, echoes=True)
+    lane.add(live)
+    await asyncio.wait_for(kind.called.wait(), 60)
+    kind.to_preempt.add("told")
+    first = await asyncio.wait_for(live.read(), 60)
+    assert not kind.to_preempt
+    check_prompt(live, first["prompt_echo"]["scores"], tiny.tokenizer(80)(prompt).input_ids)
+
+
+async def test_an_echo_without_log_probabilities_costs_no_pass(base: LocalReplica) -> None:
+    live = sequence("echo", base, prompt="hello", max_tokens=0, echoes=True)
+    piece = await asyncio.wait_for(live.read(), 60)
+    assert piece["prompt_echo"] == {"text": "hello", "scores": []}
+    assert (piece["text"], piece["finish_reason"], piece["usage"]["prompt_tokens"]) == ("", "length", 5)
+    assert not base.called.is_set()
 
 
 async def test_guides_that_send_hidden_states_guide_as_others_do(base: LocalReplica, kind: LocalReplica) -> None:

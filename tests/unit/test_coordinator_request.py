@@ -63,6 +63,12 @@ def test_one_stop_string_or_a_list(stop: Any) -> None:
         ({}, None, "either prompt or messages"),
         ({"prompt": "x", "messages": []}, None, "either prompt or messages"),
         ({"prompt": 3}, "prompt", "valid string, not 3"),
+        ({"prompt": [3, "x"]}, "prompt.1", "valid integer, not 'x'"),
+        ({"prompt": [-1]}, "prompt.0", "greater than or equal to 0"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens", "0 tokens are no answer"),
+        ({"messages": [], "echo": True}, "echo", "goes with a prompt"),
+        ({"prompt": "x", "details": True}, "details", "only goes with logprobs"),
+        ({"prompt": "x", "sample": 128}, "sample", "less than 128"),
         ({"prompt": "x", "max_token": 3}, "max_token", "max_token is not supported; leave it out"),
         ({"prompt": "x", "weights": {"cruel": 1}}, "weights", "no guide 'cruel'; guides are: kind, terse"),
         ({"prompt": "x", "weights": {"kind": float("inf")}}, "weights.kind", "finite"),
@@ -102,6 +108,10 @@ def test_what_is_not_asked_for_changes_no_logits() -> None:
     neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1, "logit_bias": {}}
     for fields in ({}, neutral, {"min_tokens": 0, "logit_bias": {"3": None}}):
         assert parse({"prompt": "x", **fields}).shaping.is_none
+
+
+def test_a_prompt_may_be_tokens() -> None:
+    assert parse({"prompt": [3, 4.0]}).prompt == Prompt(tokens=[3, 4])
 
 
 def test_biases_are_by_token_id() -> None:

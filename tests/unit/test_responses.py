@@ -12,10 +12,11 @@ from deploy.batch_lines import to_json
 from deploy.openai_answer import Answer
 from deploy.openai_schema import ChatCompletionRequest, CompletionRequest
 from deploy.responses import stream_events
+from deploy.several import Batch
 
 BREAKS = ["\x85", "\u2028", "\u2029", "\n", "\r\n", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
 REQUESTS: list[CompletionRequest | ChatCompletionRequest] = [
-    CompletionRequest(model="m", prompt="hi"),
+    CompletionRequest.model_validate({"model": "m", "prompt": "hi"}),
     ChatCompletionRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "hi"}]}),
 ]
 
@@ -31,13 +32,13 @@ def piece(text: str, *, is_last: bool) -> Piece:
 
 
 async def events(request: CompletionRequest | ChatCompletionRequest, texts: list[str], error: str = "") -> str:
-    async def rest() -> AsyncGenerator[list[Piece], None]:
+    async def rest() -> AsyncGenerator[Batch, None]:
         for text in texts[1:]:
-            yield [piece(text, is_last=text is texts[-1] and not error)]
+            yield [(0, piece(text, is_last=text is texts[-1] and not error))]
         if error:
             raise ReplicaLost(error)
 
-    first = [piece(texts[0], is_last=False)]
+    first = [(0, piece(texts[0], is_last=False))]
     return "".join([part async for part in stream_events(Answer(request), first, rest(), with_usage=False)])
 
 
