@@ -65,6 +65,15 @@ class Shaping:
         return self == Shaping()
 
 
+@dataclass(frozen=True, slots=True)
+class Format:
+    """The form that an answer must have."""
+
+    kind: Literal["json", "regex", "choice", "grammar"]
+    text: str
+    """A JSON schema, a regular expression, a JSON list of texts, or a grammar in GBNF."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
     """Which log probabilities one request wants to see."""

@@ -7,20 +7,18 @@ cannot change a text are taken, and of those that are not supported the values t
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from actors.coordinator.fields import Fields, Integer, impossible
 from actors.coordinator.request import (
     MAX_ANSWERS,
     MAX_LOGPROBS,
     ChatMessage,
     GenerationRequest,
-    Integer,
     TextOptions,
     TextOrTokens,
     Weights,
     choose_seed,
-    impossible,
-    without_nulls,
 )
 from actors.settings import Profile
 
@@ -42,10 +40,8 @@ def _is_list_of_prompts(prompt: Any) -> bool:
     return isinstance(prompt, list) and not any(isinstance(item, int | float) for item in prompt[:1])
 
 
-class Guidance(BaseModel):
+class Guidance(Fields):
     """How a request is steered."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     weights: Weights | None = None
     """By guide, in place of the profile's."""
@@ -53,35 +49,15 @@ class Guidance(BaseModel):
     details: bool = False
     """Whether log probabilities come with each model's own."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, guidance: Any) -> Any:
-        return without_nulls(guidance)
 
-
-class StreamOptions(BaseModel):
+class StreamOptions(Fields):
     """What a stream holds beside its text."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
     """Whether a last chunk gives the token counts."""
 
     include_obfuscation: bool = False
     """Without effect: no chunk is padded to hide how long its text is."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, options: Any) -> Any:
-        return without_nulls(options)
-
-
-class PlainText(BaseModel):
-    """A response format that asks for nothing."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["text"]
 
 
 class WithoutEffect(BaseModel):
@@ -144,7 +120,7 @@ class TextRequest(TextOptions, WithoutEffect):
         return [{}]
 
     def _fields(self, profiles: Mapping[str, Profile]) -> dict[str, Any]:
-        given = self.model_dump(exclude_unset=True, include=set(GenerationRequest.model_fields))
+        given = self.model_dump(exclude_unset=True, by_alias=True, include=set(GenerationRequest.model_fields))
         if self.guidance is not None and self.guidance.weights is not None:
             given["weights"] = self.guidance.weights
         if self.guidance is not None and self.guidance.details:
@@ -214,7 +190,6 @@ class ChatCompletionRequest(TextRequest):
     top_logprobs: Integer = Field(default=0, ge=0, le=MAX_LOGPROBS)
     """And those of so many most probable tokens."""
 
-    response_format: PlainText | None = None
     tools: Annotated[list[Any], Field(max_length=0)] = []
     tool_choice: Literal["none", "auto"] = "none"
     parallel_tool_calls: bool | None = None

@@ -4,13 +4,14 @@ import asyncio
 import os
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from actors.api import Piece, Resume, join
+from actors.api import Format, Piece, Resume, join
 from actors.coordinator.admission import UNNAMED, Admission, Caller
 from actors.coordinator.echo import Echo
 from actors.coordinator.figures import Figures
@@ -24,6 +25,7 @@ from actors.coordinator.spelling import Spelling
 from actors.coordinator.tenancy import Tenancy
 from actors.coordinator.text import TextWriter
 from actors.guidance import Spelled, drawing, scoring
+from actors.guidance.grammar import GrammarMask, Grammars
 from actors.guidance.shaping import Shaper
 from actors.leases import BaseDescription, Lease
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
@@ -32,6 +34,9 @@ from cluster.delivery import Destination, Outlets, Receipt
 from cluster.errors import ContextExceeded, DeadlineExceeded, InvalidConfiguration, InvalidRequest, TrimtabError
 from cluster.exchange import StepStream
 from cluster.tls import Tls
+
+COMPILE_S = 10.0
+"""For a grammar, the first one of a base included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +47,33 @@ class KnownBase:
     tokenizer: Tokenizer
     spelled: Spelled
     spelling: Spelling
+    grammars: Grammars
+    compiling: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammars"))
+
+    async def mask(self, form: Format) -> GrammarMask:
+        """Return the mask of an answer in that form, compiled beside the event loop.
+
+        Raises:
+            InvalidRequest: there is no such grammar, or it takes too long.
+        """
+        compiled = asyncio.get_running_loop().run_in_executor(self.compiling, self.grammars.mask, form)
+        try:
+            async with asyncio.timeout(COMPILE_S) as limit:
+                return await compiled
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            message = f"the form of the answer took longer than {COMPILE_S:g} s to prepare; ask for a simpler one"
+            raise InvalidRequest(message, "response_format") from error
 
     @classmethod
     def of(cls, description: BaseDescription) -> "KnownBase":
         """Take what a base says of itself."""
         tokenizer = Tokenizer.from_str(description.tokenizer)
         spelled = Spelled({*tokenizer.get_vocab().values(), *description.end_tokens})
-        return cls(description.end_tokens, tokenizer, spelled, Spelling(tokenizer))
+        spelling = Spelling(tokenizer)
+        grammars = Grammars(lambda: spelling.text_bytes(spelled.num_columns), description.end_tokens)
+        return cls(description.end_tokens, tokenizer, spelled, spelling, grammars)
 
 
 class Coordinator:
@@ -186,9 +211,10 @@ class Coordinator:
         known = self._learn(base)
         _check_tokens(request, known.spelled)
         end_tokens = request.stop_tokens | (frozenset() if request.ignores_eos else known.end_tokens)
+        mask = None if request.form is None else await known.mask(request.form)
         shaper = None
-        if not request.shaping.is_none:
-            shaper = Shaper(request.shaping, prompt=base.prompt_tokens, end_tokens=end_tokens)
+        if mask is not None or not request.shaping.is_none:
+            shaper = Shaper(request.shaping, prompt=base.prompt_tokens, end_tokens=end_tokens, mask=mask)
         sequence = LiveSequence(
             voices=[
                 Voice(name, _weight(request, name, leases[name]), None, list(leases[name].prompt_tokens))
@@ -247,11 +273,11 @@ def _check_tokens(request: Generation, spelled: Spelled) -> None:
         "stop_token_ids": request.stop_tokens,
         "prompt": request.prompt.tokens or (),
     }
-    for field, tokens in named.items():
+    for name, tokens in named.items():
         for token in tokens:
             if token not in spelled:
-                message = f"{field}: the base has no token {token}; its ids go up to {spelled.num_columns - 1}"
-                raise InvalidRequest(message, field)
+                message = f"{name}: the base has no token {token}; its ids go up to {spelled.num_columns - 1}"
+                raise InvalidRequest(message, name)
 
 
 def _echo(request: Generation, leases: Mapping[str, Lease], known: KnownBase) -> Echo:

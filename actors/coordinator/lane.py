@@ -14,7 +14,7 @@ from actors.coordinator.sequence import LiveSequence
 from actors.guidance import Guidance, drawing
 from actors.guidance.scoring import RowScores, score
 from actors.settings import Limits
-from cluster.errors import DeadlineExceeded, EngineError, Preempted, ReplicaLost, TrimtabError
+from cluster.errors import DeadlineExceeded, EngineError, InvalidRequest, Preempted, ReplicaLost, TrimtabError
 from cluster.exchange import Failure, Rows
 
 PATIENCE_S = 0.25
@@ -217,8 +217,7 @@ class Lane:
     def _commit(self, sequences: Sequence[LiveSequence], drawn: Sequence[Drawn]) -> None:
         for sequence, (token, scores) in zip(sequences, drawn, strict=True):
             if token is None:
-                names = ", ".join(voice.name for voice in sequence.voices)
-                sequence.fail(EngineError(f"the merged logits of {names} are not finite; use a wider dtype"))
+                sequence.fail(_no_token(sequence))
             elif sequence.can_draw:
                 sequence.commit(token, scores)
                 self._unwritten.append(sequence)
@@ -236,6 +235,16 @@ class Lane:
             for rows in self._landed:
                 rows.release()
             self._landed.clear()
+
+
+def _no_token(sequence: LiveSequence) -> TrimtabError:
+    """Why nothing could be drawn."""
+    names = ", ".join(voice.name for voice in sequence.voices)
+    if sequence.shaper is not None and sequence.shaper.is_masked:
+        return InvalidRequest(
+            f"no token of {names} goes on in the form that was asked for; ask for another one", "response_format"
+        )
+    return EngineError(f"the merged logits of {names} are not finite; use a wider dtype")
 
 
 def score_prompts(sequences: Sequence[LiveSequence]) -> list[list[RowScores]]:

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
@@ -17,9 +15,10 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from actors.api import Sampling, Scoring, Shaping
+from actors.api import Format, Sampling, Scoring, Shaping
+from actors.coordinator.fields import Fields, Integer, impossible, without_nulls
+from actors.coordinator.formats import ResponseFormat, StructuredOutputs
 from actors.prompts import Message, Prompt
 from actors.settings import AUTO, NO_GUIDANCE, GuidanceSettings, ProfileWeight
 from cluster.errors import InvalidRequest, UnknownModel
@@ -31,24 +30,6 @@ MAX_LOGPROBS = 20
 MAX_ANSWERS = 128
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
 
-
-def without_nulls(fields: Any) -> Any:
-    """Return an object without its fields that are null: to send null is to leave a field out."""
-    return {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
-
-
-def impossible(message: str, field: str) -> PydanticCustomError:
-    """Return what a validator raises where fields do not go together, one of which is to be named."""
-    return PydanticCustomError("impossible", "{message}", {"message": message, "field": field})
-
-
-def as_integer(value: Any) -> Any:
-    """Return a number like 16.0 as an integer, and all else as it is."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Integer = Annotated[int, BeforeValidator(as_integer)]
-"""JSON has one kind of number, and some clients write whole ones as 16.0."""
 
 Weights = Annotated[dict[str, ProfileWeight], BeforeValidator(without_nulls)]
 """By guide."""
@@ -104,19 +85,15 @@ StopStrings = Annotated[
 """One text or several."""
 
 
-class TextPart(BaseModel):
+class TextPart(Fields):
     """A part of a message's content; only text is taken."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Fields):
     """One turn of a conversation, as OpenAI's API has it."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: Annotated[
@@ -134,21 +111,14 @@ class ChatMessage(BaseModel):
     function_call: Nothing = None
     tool_calls: Nothing = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, message: Any) -> Any:
-        return without_nulls(message)
-
     def plain(self) -> Message:
         """Return the turn with its text in one piece."""
         message = Message(role=self.role, content="".join(part.text for part in self.content))
         return message if self.name is None else {**message, "name": self.name}
 
 
-class TextOptions(BaseModel):
+class TextOptions(Fields):
     """How an answer is written: the fields that HTTP and Python callers share."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     max_tokens: Integer | None = Field(default=None, ge=0)
     """At most so many tokens; up to the context limit if absent. 0 only goes with `echo`."""
@@ -169,13 +139,13 @@ class TextOptions(BaseModel):
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     """For tokens that prompt or output hold: divides the base's logit if that is positive, and else multiplies it."""
 
-    logit_bias: LogitBias = {}
+    logit_bias: LogitBias = Field(default={})
     """Added to the merged logits, by token id of the base."""
 
-    stop: StopStrings = []
+    stop: StopStrings = Field(default=[])
     """Texts that end the answer; they are not part of it."""
 
-    stop_token_ids: Annotated[list[Annotated[Integer, Field(ge=0)]], Field(max_length=MAX_STOP_TOKENS)] = []
+    stop_token_ids: list[Annotated[Integer, Field(ge=0)]] = Field(default=[], max_length=MAX_STOP_TOKENS)
     """Tokens that end the answer, as those do that the base ends with."""
 
     include_stop_str_in_output: bool = False
@@ -190,13 +160,14 @@ class TextOptions(BaseModel):
     skip_special_tokens: bool = True
     """Whether special tokens are no text."""
 
+    response_format: ResponseFormat | None = None
+    """OpenAI's way to ask for JSON."""
+
+    structured_outputs: StructuredOutputs | None = None
+    """vLLM's way to ask for JSON, or for what a pattern, a list or a grammar allows."""
+
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Seconds from the request's arrival to its last token, at most `limits.deadline_s`, which holds if absent."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, fields: Any) -> Any:
-        return without_nulls(fields)
 
 
 class GenerationRequest(TextOptions):
@@ -253,6 +224,7 @@ class Generation:
     sampling: Sampling
     shaping: Shaping
     scoring: Scoring | None
+    form: Format | None
     sample: int
     echoes: bool
     max_tokens: int | None
@@ -309,6 +281,7 @@ def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any], deadlin
             min_tokens=request.min_tokens,
         ),
         scoring=None if request.logprobs is None else Scoring(num_top=request.logprobs, has_details=request.details),
+        form=_form(request),
         sample=request.sample,
         echoes=request.echo,
         max_tokens=request.max_tokens,
@@ -319,6 +292,21 @@ def parse_request(guidance: GuidanceSettings, fields: Mapping[str, Any], deadlin
         shows_special=not request.skip_special_tokens,
         timeout_s=deadline_s if request.timeout is None else request.timeout,
     )
+
+
+def _form(request: GenerationRequest) -> Format | None:
+    """The form that the answer must have, if any."""
+    form = None if request.response_format is None else request.response_format.format()
+    if request.structured_outputs is not None:
+        if form is not None:
+            raise InvalidRequest("give response_format or structured_outputs, not both", "structured_outputs")
+        form = request.structured_outputs.format()
+    for field, is_given in {"min_tokens": request.min_tokens > 0, "ignore_eos": request.ignore_eos}.items():
+        if form is not None and is_given:
+            raise InvalidRequest(
+                f"{field} does not go with a form of the answer, which says where it ends; leave it out", field
+            )
+    return form
 
 
 def _defaults(guidance: GuidanceSettings, model: Any) -> Mapping[str, float]:

@@ -20,6 +20,13 @@ class Spelling:
         self.spell = lru_cache(maxsize=100_000)(self._spell)
         """Returns a token's text and bytes. What is only part of a character is spelled `bytes:\\xe2\\x80`."""
 
+    def text_bytes(self, num_tokens: int) -> list[bytes]:
+        """Return the bytes of the first tokens by id; none of special ones, and where there is no token."""
+        known = set(self._tokenizer.get_vocab().values())
+        return [
+            self._bytes(token) if token in known and token not in self._special else b"" for token in range(num_tokens)
+        ]
+
     def _spell(self, token: int) -> tuple[str, bytes]:
         spelled = self._bytes(token)
         try:

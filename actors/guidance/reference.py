@@ -5,7 +5,7 @@ remote, over any transport) must give the same tokens.
 """
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,11 +54,13 @@ def generate(
     max_tokens: int,
     end_tokens: Collection[int] = (),
     sample: int = 0,
+    is_legal: Callable[[Sequence[int], int], bool] | None = None,
     keeps_laws: bool = False,
 ) -> ReferenceText:
     """Write up to `max_tokens` tokens from the guided distribution.
 
-    Guides of weight 0 are left out; the others are summed in the order given.
+    Guides of weight 0 are left out; the others are summed in the order given. `is_legal` says of the output so far and
+    a token whether the token may come next.
     """
     sampling = sampling or Sampling()
     shaping = shaping or Shaping()
@@ -80,6 +82,9 @@ def generate(
             text.laws.append(laws(rows, guidance))
         base_row = penalize_repetition(rows[0], shaping, [*base.prompt, *text.tokens])
         z_1V = shape(merge([base_row], [guidance]), shaping, text.tokens, end_tokens)
+        if is_legal is not None:
+            illegal = [token for token in range(z_1V.shape[1]) if not is_legal(text.tokens, token)]
+            z_1V[0, illegal] = -torch.inf
         scores_V = noisy_scores(z_1V, sampling, len(text.tokens), sample)
         best, second = scores_V.topk(2).values.tolist()
         text.tokens.append(int(scores_V.argmax()))

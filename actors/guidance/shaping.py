@@ -1,4 +1,4 @@
-"""What a request changes of its logits before it draws: penalties, biases, and a least length.
+"""What a request changes of its logits before it draws: penalties, biases, a least length, and a grammar's mask.
 
 `reference` does the same one token at a time. A row is float32 [V]; a sequence that asks for nothing has no `Shaper`.
 """
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.api import Shaping
+from actors.guidance.grammar import GrammarMask
 
 Floats = NDArray[np.float32]
 
@@ -17,15 +18,24 @@ Floats = NDArray[np.float32]
 class Shaper:
     """One sequence's shaping, with what depends on the tokens so far. Made again from them, it is the same."""
 
-    def __init__(self, shaping: Shaping, *, prompt: Sequence[int], end_tokens: Collection[int]) -> None:
+    def __init__(
+        self,
+        shaping: Shaping,
+        *,
+        prompt: Sequence[int],
+        end_tokens: Collection[int],
+        mask: GrammarMask | None = None,
+    ) -> None:
         """Begin behind a prompt.
 
         Args:
             shaping: what the request asks for.
             prompt: in the base's tokens.
             end_tokens: those that end the output.
+            mask: the grammar's, at its beginning.
         """
         self._shaping = shaping
+        self._mask = mask
         self._num_tokens = 0
         self._counts: Counter[int] = Counter()
         self._seen = np.array(sorted(set(prompt)), np.int64)
@@ -33,12 +43,19 @@ class Shaper:
         self._bias = np.fromiter(shaping.logit_bias.values(), np.float32)
         self._ends = np.array(sorted(end_tokens), np.int64)
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether a grammar says which tokens may come."""
+        return self._mask is not None
+
     def append(self, token: int) -> None:
         """Take the next token of the output."""
         self._num_tokens += 1
         self._counts[token] += 1
         if self._counts[token] == 1:
             self._seen = np.union1d(self._seen, [token])
+        if self._mask is not None:
+            self._mask.append(token)
 
     def shape_base(self, z_V: Floats) -> None:
         """Change the base's logits in place, before guides are added.
@@ -63,3 +80,5 @@ class Shaper:
             z_V[self._biased] += self._bias
         if self._num_tokens < shaping.min_tokens:
             z_V[self._ends[self._ends < len(z_V)]] = -np.inf
+        if self._mask is not None:
+            self._mask.forbid(z_V)

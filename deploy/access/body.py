@@ -9,8 +9,8 @@ from starlette.types import Message, Receive
 from deploy.openai_schema import ErrorDetail, ErrorType
 
 MAX_HEADER_BYTES = 32 * 2**10
-MAX_DEPTH = 16
-"""Of arrays and objects within each other; the API's own bodies need six."""
+MAX_DEPTH = 32
+"""Of arrays and objects within each other; the API's own bodies need six, and JSON schemas two for each of theirs."""
 
 JSON_TYPE = re.compile(rb"application/(?:[a-z0-9.-]+\+)?json\s*(?:;.*)?", re.IGNORECASE)
 # A string, one without an end too, or one bracket. Possessive: time grows with the length and nothing else.

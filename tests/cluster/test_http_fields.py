@@ -1,21 +1,42 @@
 """What fields of OpenAI's and vLLM's do to an answer, as OpenAI's own client sends them."""
 
+import json
 import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from openai import OpenAI
+from pydantic import BaseModel, Field
 
 from deploy.client import Client
 from tests import tiny
-from tests.cluster.conftest import Service
-from tests.cluster.test_http import CHAT, PLAIN, client, post, service
+from tests.cluster.conftest import Deploy, Service, model_args, service_config
+from tests.cluster.test_http import CHAT, PLAIN, post
 
-__all__ = ["client", "service"]
+NUM_TOKENS = 97
+"""Braces among them."""
 
-TOKENIZER = tiny.tokenizer(80)
+TOKENIZER = tiny.tokenizer(NUM_TOKENS)
 GUIDED: dict[str, Any] = {**PLAIN, "model": "kinder"}
+
+
+@pytest.fixture(scope="module")
+def service(deploy: Deploy, tmp_path_factory: pytest.TempPathFactory) -> Service:
+    root: Path = tmp_path_factory.mktemp("models")
+    base = tiny.save(tiny.talkative(tiny.llama(NUM_TOKENS)), root / "base")
+    kind = tiny.save(tiny.talkative(tiny.llama(NUM_TOKENS, seed=1)), root / "kind")
+    guides = {"kind": model_args(kind, base=base)}
+    return deploy(service_config(model_args(base), guides, profiles={"kinder": {"kind": 0.8}}))
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[OpenAI]:
+    with service.openai() as client:
+        yield client
 
 
 def token(text: str) -> int:
@@ -252,3 +273,78 @@ def test_a_reply_is_scored_with_each_models_own(service: Service) -> None:
     assert (told["voices"][0], told["log_z"][0]) == (None, None)
     for logprob, voices, log_z in zip(told["token_logprobs"][1:], told["voices"][1:], told["log_z"][1:], strict=True):
         check_details({"logprob": logprob, "voices": voices, "log_z": log_z}, {"kind": 0.8})
+
+
+class Person(BaseModel):
+    """What a client's own model asks for."""
+
+    name: Annotated[str, Field(max_length=6)]
+    age: Annotated[int, Field(ge=0, le=99)]
+    moods: Annotated[list[Literal["glad", "sad"]], Field(max_length=3)]
+
+
+def test_a_client_parses_what_it_asked_for(client: OpenAI) -> None:
+    for seed in range(6):
+        parsed = client.chat.completions.parse(
+            model="kinder", messages=CHAT, response_format=Person, max_tokens=100, seed=seed
+        ).choices[0]
+        assert parsed.finish_reason == "stop"
+        assert isinstance(parsed.message.parsed, Person)
+
+
+def test_a_form_that_the_models_have_no_tokens_for_is_refused(service: Service) -> None:
+    answer = post(service, {**GUIDED, "structured_outputs": {"choice": ["yes", "漢"]}})
+    assert answer.json()["choices"][0]["text"] == "yes"
+    answer = post(service, {**GUIDED, "structured_outputs": {"choice": ["漢"]}})
+    assert answer.status_code == 400
+    assert "no token of base, kind goes on in the form that was asked for" in answer.json()["error"]["message"]
+
+
+def test_any_json_object(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="base", messages=CHAT, response_format={"type": "json_object"}, max_tokens=100, seed=4, temperature=0.2
+    ).choices[0]
+    content = answer.message.content or ""
+    assert content.startswith("{")
+    if answer.finish_reason == "stop":
+        assert isinstance(json.loads(content), dict)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_choice_a_pattern_and_a_grammar(service: Service, client: OpenAI, stream: bool) -> None:
+    asked: list[tuple[dict[str, Any], str]] = [
+        ({"choice": ["yes", "no", "not now"]}, "yes|no|not now"),
+        ({"regex": "[a-c]{3,5}(!|[?]{2})"}, "[a-c]{3,5}(!|[?]{2})"),
+        ({"grammar": 'root ::= "x" | "y" root'}, "y*x"),
+    ]
+    for form, pattern in asked:
+        body: dict[str, Any] = {**GUIDED, "max_tokens": 60, "extra_body": {"structured_outputs": form}}
+        if stream:
+            chunks = list(client.completions.create(**body, stream=True))
+            written, finish_reason = (
+                "".join(chunk.choices[0].text for chunk in chunks),
+                chunks[-1].choices[0].finish_reason,
+            )
+        else:
+            answer = client.completions.create(**body).choices[0]
+            written, finish_reason = answer.text, answer.finish_reason
+        assert re.fullmatch(pattern, written)
+        assert finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"structured_outputs": {"regex": "(a"}}, "The parenthesis is not closed"),
+        ({"structured_outputs": {"grammar": "root ::="}}, "EBNF parser error"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
+            "not: this",
+        ),
+    ],
+)
+def test_a_form_that_cannot_be_is_refused(service: Service, fields: dict[str, Any], says: str) -> None:
+    for stream in (False, True):
+        answer = post(service, {**GUIDED, **fields, "stream": stream})
+        assert answer.status_code == 400
+        assert says in answer.json()["error"]["message"]

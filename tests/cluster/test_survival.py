@@ -18,7 +18,10 @@ from tests import tiny
 from tests.cluster.conftest import Deploy, Service, model_args, process_of, service_config
 
 ROOM = 4
-SHAPED: dict[str, Any] = {"frequency_penalty": 0.02, "repetition_penalty": 1.1, "min_tokens": 500, "logit_bias": {0: 3}}
+SHAPED: dict[str, Any] = {
+    **{"frequency_penalty": 0.02, "repetition_penalty": 1.1, "logit_bias": {0: 3}},
+    "structured_outputs": {"regex": "(once|[b-z ]+){900}"},
+}
 """What depends on the tokens so far, and is made again from them."""
 
 LONG: dict[str, Any] = {

@@ -17,7 +17,7 @@ from actors.coordinator.spelling import Spelling
 from actors.coordinator.text import TextWriter
 from actors.engine import Engine, RowKind
 from actors.engine import Work as EngineWork
-from actors.guidance import Sampling, Spelled
+from actors.guidance import Guidance, Sampling, Spelled
 from actors.guidance import reference as oracle
 from actors.guidance.shaping import Shaper
 from actors.settings import Limits
@@ -281,7 +281,7 @@ def check_prompt(live: LiveSequence, places: Sequence[Scores], prompt: Sequence[
     assert [place["drawn"]["token"] for place in places] == list(prompt)
     assert places[0]["drawn"]["logprob"] is None
     for i, place in enumerate(places[1:]):
-        guidance = [oracle.Guidance(voice.weight, row[i]) for voice, row in zip(live.voices[1:], rows[1:], strict=True)]
+        guidance = [Guidance(voice.weight, row[i]) for voice, row in zip(live.voices[1:], rows[1:], strict=True)]
         merged_V, *own = oracle.laws([row[i] for row in rows], guidance)
         token = prompt[i + 1]
         assert place["drawn"]["logprob"] == pytest.approx(float(merged_V[token]), abs=1e-4)
@@ -327,7 +327,8 @@ async def test_a_prompt_that_its_replica_gave_up_is_told_of_all_the_same(
 async def test_an_echo_without_log_probabilities_costs_no_pass(base: LocalReplica) -> None:
     live = sequence("echo", base, prompt="hello", max_tokens=0, echoes=True)
     piece = await asyncio.wait_for(live.read(), 60)
-    assert piece["prompt_echo"] == {"text": "hello", "scores": []}
+    assert piece["prompt_echo"]["text"] == "hello"
+    assert piece["prompt_echo"]["scores"] == []
     assert (piece["text"], piece["finish_reason"], piece["usage"]["prompt_tokens"]) == ("", "length", 5)
     assert not base.called.is_set()
 
