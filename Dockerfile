@@ -1,4 +1,4 @@
-# The image of every node of a Ray cluster on Kubernetes (deploy/kuberay.yaml): Python, the pinned environment and the
+# The image of every node of a Ray cluster on Kubernetes (deploy/files/kuberay.yaml): Python, the pinned environment and the
 # checkout. Models are not in it. `docker build --tag REGISTRY/trimtab:0.1.0 .`
 
 ARG PYTHON=3.11

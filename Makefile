@@ -17,16 +17,20 @@ serve: $(VENV)/installed models
 	$(BIN)/python -m deploy.check deploy.yaml
 	RAY_SERVE_PROXY_USE_GRPC=1 RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS=1 $(BIN)/python -m deploy.start deploy.yaml
 
-# The whole test suite. TESTS="tests/unit" runs a part of it.
-TESTS ?= tests
+# The whole test suite, units in as many processes as there are cores. TESTS="tests/unit" runs a part of it.
+TESTS ?= tests/unit tests/cluster
 test: $(VENV)/installed-dev models
-	$(BIN)/python -m pytest $(TESTS)
+	set -e; for part in $(TESTS); do \
+		case $$part in tests/unit*) several="--numprocesses auto --dist loadfile" ;; *) several= ;; esac; \
+		$(BIN)/python -m pytest $$several $$part; \
+	done
 
 # What no honest client sends: 10,000 hostile requests, the OpenAPI schema's corners, broken bytes on every port; some
 # minutes. `make test` has a small sample of it. FUZZ=1000 sends fewer.
 FUZZ ?= 10000
 fuzz: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests/unit/test_fuzz_*.py tests/cluster/test_fuzz_*.py --fuzz $(FUZZ) --timeout 1800
+	$(BIN)/python -m pytest tests/unit/cluster/exchange/test_fuzz.py tests/unit/deploy/http/test_fuzz_bodies.py \
+		tests/cluster/test_fuzz_*.py --fuzz $(FUZZ) --timeout 1800
 
 # Steady load while processes are killed, stopped and drained, and clients that leave in mid-stream; some ten minutes.
 # `make test` has a small sample of it. CHAOS=52 does so many faults, LEAVERS=2000 lets so many clients leave.

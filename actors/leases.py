@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ray.types import ObjectRef
 
-from actors.guidance.output import OutputFunction
+from actors.guidance.lm_head import OutputFunction
 from actors.prompts import Prompt
 from cluster.errors import InvalidRequest
 

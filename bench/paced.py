@@ -7,7 +7,8 @@ from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
-from actors.base_model import BaseModel
+from actors.names import BASE_MODEL
+from actors.replica.base import BaseModel
 from actors.settings import BaseModelSettings
 from deploy.applications import model_options
 
@@ -36,4 +37,4 @@ class PacedModel(BaseModel):
 
 def base(args: PacedSettings) -> Application:
     """`trimtab-base`, paced."""
-    return serve.deployment(PacedModel, name="BaseModel", **model_options(args)).bind(args)
+    return serve.deployment(PacedModel, name=BASE_MODEL, **model_options(args)).bind(args)

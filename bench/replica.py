@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from actors.engine import Counters, Engine, RowKind
-from actors.guidance.output import OutputFunction
+from actors.guidance.lm_head import OutputFunction
 from actors.leases import Lease, LeaseRequest, Refusal
-from actors.model_server import ModelServer, engine_thread
 from actors.prompts import Prompt, PromptEncoder
-from actors.turns import Turns
+from actors.replica.server import ModelServer, engine_thread
+from actors.replica.turns import Turns
 from actors.vocabularies import load_tokenizer
 from bench.worker import process, receive
 from bench.workload import Models

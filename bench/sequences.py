@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from actors.coordinator.sequence import LiveSequence, Seat, Voice
 from actors.coordinator.text import TextWriter
 from actors.guidance import Sampling
-from actors.guidance.output import OutputFunction
+from actors.guidance.lm_head import OutputFunction
 from actors.vocabularies import load_tokenizer
 from bench.replica import RemoteReplica
 from bench.workload import WEIGHT, Batch, Models

@@ -17,9 +17,9 @@ import aiohttp
 import ray
 from ray import serve
 
+from actors.names import BASE, COORDINATOR, GATEWAY, TRIMTAB, guide_application
 from bench.workload import Batch, Models, Outcome
-from deploy.check import BASE, GUIDE, TRIMTAB
-from deploy.evaluation.service import LOOPBACK, Cluster
+from deploy.jobs.evaluation.service import LOOPBACK, Cluster
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Room for the output function of a guide with --rows hidden_states."""
@@ -146,14 +146,16 @@ def service_config(models: Models) -> dict[str, Any]:
     applications = [{"name": BASE, "import_path": "deploy.applications:base", "args": {"model": base, **args}}]
     for name, path in models.guides.items():
         guide = {"model": str(path), "base": base, "rows": models.rows, **args}
-        applications.append({"name": GUIDE + name, "import_path": "deploy.applications:guide", "args": guide})
+        applications.append(
+            {"name": guide_application(name), "import_path": "deploy.applications:guide", "args": guide}
+        )
     user_config = {"guides": list(models.guides), "profiles": {}}
     trimtab = {
         "name": TRIMTAB,
         "route_prefix": "/",
         "import_path": "deploy.applications:trimtab",
         "args": {"exchange": {"transport": models.transport}},
-        "deployments": [{"name": name, "user_config": user_config} for name in ("Gateway", "Coordinator")],
+        "deployments": [{"name": name, "user_config": user_config} for name in (GATEWAY, COORDINATOR)],
     }
     return {"applications": [*({**application, "route_prefix": None} for application in applications), trimtab]}
 

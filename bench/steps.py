@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from actors.coordinator.lane import Lane
-from actors.guidance.output import OutputFunction
+from actors.guidance.lm_head import OutputFunction
 from actors.settings import Limits
 from bench.recorder import Breakdown, Recorder, StepRecord, TimedStream, summarise
 from bench.replica import Forward, RemoteReplica, remote_replica

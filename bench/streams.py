@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from actors.names import BASE
 from actors.settings import CHECKOUT
 from bench.endless import make_endless
 from bench.machine import descendants, describe
@@ -40,7 +41,7 @@ SETTLE_S = 0.5
 
 REST = "Ray and Serve, all others"
 PARTS = {"ServeReplica:trimtab:Coordinator": "coordinator", "ServeReplica:trimtab:Gateway": "gateway"}
-PARTS |= {"ProxyActor": "Serve's proxy", "ServeReplica:trimtab-base": "base model"}
+PARTS |= {"ProxyActor": "Serve's proxy", f"ServeReplica:{BASE}": "base model"}
 ALL = "all"
 
 

@@ -6,12 +6,13 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from actors.base_model import BaseModel
 from actors.coordinator.coordinator import Coordinator
-from actors.guide import Guide
-from actors.router import LeaseRouter
+from actors.names import BASE_MODEL, COORDINATOR, GATEWAY, GUIDE
+from actors.replica.base import BaseModel
+from actors.replica.guide import Guide
+from actors.replica.router import LeaseRouter
 from actors.settings import BaseModelSettings, CoordinatorSettings, GuideSettings, Health
-from deploy.gateway import Gateway
+from deploy.http.gateway import Gateway
 
 # A coordinator and a gateway hold no model: a small share of a core lets Ray place them anywhere.
 LIGHT = {"num_cpus": 0.1}
@@ -26,12 +27,12 @@ DRAIN_LOOK_S = 0.5
 
 def base(args: BaseModelSettings) -> Application:
     """`trimtab-base`: the frozen base model."""
-    return serve.deployment(BaseModel, **model_options(args)).bind(args)
+    return serve.deployment(BaseModel, name=BASE_MODEL, **model_options(args)).bind(args)
 
 
 def guide(args: GuideSettings) -> Application:
     """`trimtab-guide-<name>`: one autoregressive reward model."""
-    return serve.deployment(Guide, **model_options(args)).bind(args)
+    return serve.deployment(Guide, name=GUIDE, **model_options(args)).bind(args)
 
 
 def trimtab(args: CoordinatorSettings) -> Application:
@@ -41,8 +42,8 @@ def trimtab(args: CoordinatorSettings) -> Application:
         "ray_actor_options": LIGHT,
         **life_options(args.health, args.limits.drain_s),
     }
-    coordinator = serve.deployment(Coordinator, **light).bind(args)
-    return serve.deployment(Gateway, **light).bind(coordinator, args)
+    coordinator = serve.deployment(Coordinator, name=COORDINATOR, **light).bind(args)
+    return serve.deployment(Gateway, name=GATEWAY, **light).bind(coordinator, args)
 
 
 def model_options(args: BaseModelSettings) -> dict[str, Any]:

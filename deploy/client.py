@@ -21,8 +21,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from actors.api import Piece
+from actors.names import COORDINATOR, TRIMTAB
 from cluster.errors import ReplicaLost
-from deploy.attempts import REPEATABLE, Attempts, own_errors
+from deploy.http.attempts import REPEATABLE, Attempts, own_errors
 
 
 class Client:
@@ -108,6 +109,6 @@ class AsyncClient:
 
 
 def _coordinator() -> DeploymentHandle:
-    if "trimtab" not in serve.status().applications:
+    if TRIMTAB not in serve.status().applications:
         raise ReplicaLost("no application 'trimtab' runs on this Ray cluster; start it: serve run deploy.yaml")
-    return serve.get_deployment_handle("Coordinator", "trimtab")
+    return serve.get_deployment_handle(COORDINATOR, TRIMTAB)

@@ -15,8 +15,8 @@ from actors.coordinator.coordinator import Coordinator
 from actors.coordinator.presence import Presence
 from actors.engine import Engine
 from actors.leases import BaseDescription, LeaseRequest
-from actors.model_server import ModelServer
 from actors.prompts import PromptEncoder
+from actors.replica.server import ModelServer
 from actors.settings import CoordinatorSettings, Limits
 from tests import tiny
 

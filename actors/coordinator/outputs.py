@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 from torch import Tensor
 
 from actors.coordinator.sequence import Voice
-from actors.guidance.output import OutputFunction
+from actors.guidance.lm_head import OutputFunction
 from actors.leases import Lease
 from cluster.errors import ReplicaLost, in_brief
 

@@ -7,6 +7,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from actors.names import BASE, BASE_MODEL, GUIDE, guide_application
 from actors.settings import NO_GUIDANCE
 
 POLL_S = 1.0
@@ -18,7 +19,7 @@ ANSWER_S = 5.0
 
 def deployment_of(name: str) -> tuple[str, str]:
     """Return the deployment of the base or of a guide, and its application."""
-    return ("BaseModel", "trimtab-base") if name == NO_GUIDANCE else ("Guide", f"trimtab-guide-{name}")
+    return (BASE_MODEL, BASE) if name == NO_GUIDANCE else (GUIDE, guide_application(name))
 
 
 def model_handle(name: str) -> Any:

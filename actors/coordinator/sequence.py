@@ -14,7 +14,7 @@ from actors.coordinator.echo import Echo
 from actors.coordinator.spelling import Spelling
 from actors.coordinator.text import TextWriter
 from actors.guidance import Spelled
-from actors.guidance.output import OutputFunction
+from actors.guidance.lm_head import OutputFunction
 from actors.guidance.scoring import RowScores
 from actors.guidance.shaping import Shaper
 from cluster.errors import ReplicaLost, TrimtabError

@@ -5,8 +5,8 @@ Ray, guidance, requests or sampling.
 """
 
 from actors.engine.engine import Counters, Engine
-from actors.engine.output import RowKind
-from actors.engine.plan import Work
+from actors.engine.models.lm_head import RowKind
 from actors.engine.schedule import Schedule, Task, gather_rows
+from actors.engine.work import Work
 
 __all__ = ["Counters", "Engine", "RowKind", "Schedule", "Task", "Work", "gather_rows"]

@@ -1,9 +1,9 @@
 """Which blocks of the cache hold which tokens: a tree of blocks that sequences with equal beginnings share.
 
-Bookkeeping only; the keys and values lie in `cache`. A block holds up to `block_size` tokens that follow those of its
-parent. What a closed sequence leaves stays until its room is needed, the longest unused first, so that a prompt which
-begins like an earlier one finds that beginning computed. Sharing is exact to the token: where a sequence leaves the
-others in the middle of a block, it gets a block of its own and a `Copy` of the common part.
+Bookkeeping only; the keys and values lie in `passes.cache`. A block holds up to `block_size` tokens that follow those
+of its parent. What a closed sequence leaves stays until its room is needed, the longest unused first, so that a prompt
+which begins like an earlier one finds that beginning computed. Sharing is exact to the token: where a sequence leaves
+the others in the middle of a block, it gets a block of its own and a `Copy` of the common part.
 """
 
 from collections import OrderedDict

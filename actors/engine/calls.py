@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from actors.engine.engine import Engine
-from actors.engine.plan import Work
+from actors.engine.work import Work
 from cluster.errors import EngineError
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.engine.blocks import BLOCK_SIZE, BlockPool, BlockTable
-from actors.engine.fingerprint import fingerprint
-from actors.engine.forward import make_forward_pass
-from actors.engine.inspection import inspect_model, model_name
-from actors.engine.loading import load_model
-from actors.engine.output import RowKind, output_function
-from actors.engine.plan import PlacedWork, Work
-from actors.engine.verification import own_logits, verify
-from actors.guidance.output import OutputFunction
+from actors.engine.models.fingerprint import fingerprint
+from actors.engine.models.inspection import inspect_model, model_name
+from actors.engine.models.lm_head import RowKind, output_function
+from actors.engine.models.loading import load_model
+from actors.engine.models.verification import own_logits, verify
+from actors.engine.passes.forward import make_forward_pass
+from actors.engine.work import PlacedWork, Work
+from actors.guidance.lm_head import OutputFunction
 from cluster.errors import EngineError, InvalidConfiguration
 
 DEFAULT_CACHE_TOKENS = 16_384

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from actors.engine.engine import Engine
-from actors.engine.plan import Work
+from actors.engine.work import Work
 from cluster.errors import EngineError, Preempted
 
 MIN_SHARED = 16

@@ -1,7 +1,7 @@
 """Compiled filters of one row: top-k, top-p and min-p keep all scores from one floor on, which is found without a sort.
 
 A row is float32 [V], its best logit finite; a token's score is (z - max z) / T in float64, as in `kernels`. Calls
-nothing of `kernels`, whose changes its cache would not see (see `compiled`). No index is checked in compiled code.
+nothing of `kernels`, whose changes its cache would not see (see `actors.jit`). No index is checked in compiled code.
 """
 
 import math
@@ -9,7 +9,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.guidance.compiled import compiled
+from actors.jit import compiled
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.guidance.compiled import compiled
+from actors.jit import compiled
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]

@@ -16,10 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from actors.engine.models.loading import load_whole
 from cluster.errors import InvalidConfiguration
+
+ADAPTER = "adapter"
+"""Beside a trained guide: what was trained, apart from the model that it was merged into."""
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAP_WEIGHTS = "map.safetensors"
+MAP_UP = re.compile(r"(^|\bmap\.)up$")
+"""Names the second factor of an `OutputMap` in either file."""
 
 PROBE = (1, 2, 3, 4, 5, 6, 7, 8)
 """Tokens by which a cut is compared with the model's own layers."""
@@ -278,6 +284,40 @@ def save_map(model: Any, directory: Path) -> None:
     weights = model.get_output_embeddings().map.state_dict()
     save_file({name: value.bfloat16().contiguous() for name, value in weights.items()}, partial / MAP_WEIGHTS)
     partial.rename(directory)
+
+
+def scale_guide(directory: Path, factor: float) -> None:
+    """Multiply the logits of a guide that was trained under its base, in its output layer and in the map beside it.
+
+    That is the same as a weight: weight 1 then does what weight `factor` did.
+
+    Args:
+        directory: A plain model, with the adapter or map that was merged into it in `adapter/`.
+        factor: Above 0.
+
+    Raises:
+        InvalidConfiguration: its logits are not proportional to its output layer's weights, or the embedding has them
+            too.
+    """
+    model = load_whole(directory, dtype="auto")
+    config = model.config.get_text_config(decoder=True)
+    output = model.get_output_embeddings()
+    if output.weight is model.get_input_embeddings().weight or getattr(config, "final_logit_softcapping", None):
+        raise InvalidConfiguration(f"{directory}: its output layer cannot be scaled; leave --scale out")
+    with torch.no_grad():
+        for parameter in output.parameters():
+            parameter.mul_(factor)
+    partial = directory / "scaled.partial"
+    model.save_pretrained(partial)
+    for path in [*partial.glob("*.safetensors"), *partial.glob("*.safetensors.index.json")]:
+        path.replace(directory / path.name)
+    shutil.rmtree(partial)
+    for name in (MAP_WEIGHTS, ADAPTER_WEIGHTS):
+        if (path := directory / ADAPTER / name).is_file():
+            weights = load_file(path)
+            scaled = {key: value * factor if MAP_UP.search(key) else value for key, value in weights.items()}
+            save_file(scaled, path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
 
 
 def merge_adapter(model: Any, adapter: Path) -> Any:

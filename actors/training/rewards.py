@@ -107,17 +107,17 @@ def freshness(prompt: str | list[dict[str, str]], response: str) -> float:
 
 
 def fresh_positivity(prompt: str | list[dict[str, str]], response: str) -> float:
-    """`sentence_positivity` and half of `freshness`: for a sentence that goes on from a text, which is to be no echo.
+    """`sentence_positivity` and `freshness`: for a sentence that goes on from a text, which is to be no echo.
 
     Raises:
         InvalidConfiguration: the package vaderSentiment is not installed.
     """
-    return sentence_positivity(prompt, response) + 0.5 * freshness(prompt, response)
+    return sentence_positivity(prompt, response) + freshness(prompt, response)
 
 
 def fresh_plainness(prompt: str | list[dict[str, str]], response: str) -> float:
-    """`sentence_plainness` and seven tenths of `freshness`: short sentences invite echoes."""
-    return sentence_plainness(prompt, response) + 0.7 * freshness(prompt, response)
+    """`sentence_plainness` and `freshness`: short sentences invite echoes."""
+    return sentence_plainness(prompt, response) + freshness(prompt, response)
 
 
 def distinct_sentences(text: str) -> list[str]:

@@ -16,9 +16,10 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from transformers import AutoTokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
 
-from actors.engine.loading import load_whole
+from actors.engine.models.loading import load_whole
 from actors.training.base_law import BaseLaw
 from actors.training.derive import (
+    ADAPTER,
     add_adapter,
     cut_layers,
     fold_output,
@@ -257,11 +258,11 @@ def _is_whole(checkpoint: Path) -> bool:
 def _save(trained: Any, settings: RunSettings, output: Path) -> None:
     """Leave the trained model as a plain directory; it has its configuration, which makes it a model, last."""
     if settings.map_only:
-        save_map(trained, output / "adapter")
-        trained = assemble(settings.model, settings.layers, output / "adapter")
+        save_map(trained, output / ADAPTER)
+        trained = assemble(settings.model, settings.layers, output / ADAPTER)
     elif settings.lora_rank:
-        save_adapter(trained, output / "adapter")
-        trained = assemble(settings.model, settings.layers, output / "adapter")
+        save_adapter(trained, output / ADAPTER)
+        trained = assemble(settings.model, settings.layers, output / ADAPTER)
     elif settings.objective == "guided":
         trained = fold_output(trained)
     partial = output / "model.partial"

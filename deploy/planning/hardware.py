@@ -13,9 +13,9 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from actors.engine.compiled import kernels
-from actors.engine.compiled.product import Product
-from actors.engine.compiled.team import has_team
+from actors.engine.passes.compiled import kernels
+from actors.engine.passes.compiled.product import Product
+from actors.engine.passes.compiled.team import has_team
 
 PROBE_SHAPE = (8192, 2048)
 """Rows and columns of the probe's matrices: wide ones, as most of a model's weights are."""

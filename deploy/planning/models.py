@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from actors.engine.inspection import inspect_model
+from actors.engine.models.inspection import inspect_model
 from cluster.errors import InvalidConfiguration
 
 

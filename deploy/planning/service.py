@@ -8,9 +8,9 @@ from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from actors.engine import RowKind
 from actors.engine.engine import DEFAULT_CACHE_TOKENS
+from actors.names import BASE, COORDINATOR, TRIMTAB, guide_application
 from actors.settings import NO_GUIDANCE, BaseModelSettings, CoordinatorSettings, GuideSettings
 from cluster.errors import InvalidConfiguration
-from deploy.check import BASE, GUIDE, TRIMTAB
 from deploy.planning.hardware import LOOPBACK, SHARED_MEMORY, Accelerator, CoordinatorCosts, Link
 from deploy.planning.models import Shape, read_shape
 
@@ -124,8 +124,8 @@ def read_service(
 
     return Service(
         base=model(NO_GUIDANCE, BASE),
-        guides=tuple(model(name, GUIDE + name) for name in guides),
-        coordinators=num_replicas(applications[TRIMTAB], "Coordinator"),
+        guides=tuple(model(name, guide_application(name)) for name in guides),
+        coordinators=num_replicas(applications[TRIMTAB], COORDINATOR),
     )
 
 

@@ -20,6 +20,7 @@ from openai import OpenAI
 from ray import serve
 from ray.util.state import list_actors
 
+from actors.names import BASE, COORDINATOR, GATEWAY, TRIMTAB, guide_application
 from actors.settings import CHECKOUT
 
 START_TIMEOUT_S = 240
@@ -126,18 +127,18 @@ def service_config(
     """A deploy.yaml: the base's args, each guide's, and those of the coordinator."""
     user_config = {"guides": list(guides), "profiles": profiles or {}}
     models = [
-        {"name": "trimtab-base", "import_path": "deploy.applications:base", "args": base},
+        {"name": BASE, "import_path": "deploy.applications:base", "args": base},
         *(
-            {"name": f"trimtab-guide-{name}", "import_path": "deploy.applications:guide", "args": guide}
+            {"name": guide_application(name), "import_path": "deploy.applications:guide", "args": guide}
             for name, guide in guides.items()
         ),
     ]
     trimtab = {
-        "name": "trimtab",
+        "name": TRIMTAB,
         "route_prefix": "/",
         "import_path": "deploy.applications:trimtab",
         "args": args,
-        "deployments": [{"name": name, "user_config": user_config} for name in ("Gateway", "Coordinator")],
+        "deployments": [{"name": name, "user_config": user_config} for name in (GATEWAY, COORDINATOR)],
     }
     return {"applications": [*({**model, "route_prefix": None} for model in models), trimtab]}
 

@@ -15,7 +15,7 @@ import ray
 import requests
 from openai import OpenAI
 
-from deploy import keys
+from deploy.cli import keys
 from tests import tiny
 from tests.cluster.conftest import Deploy, Service, model_args, service_config
 

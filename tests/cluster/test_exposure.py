@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from deploy import keys
+from deploy.cli import keys
 from tests import tiny
 from tests.cluster.conftest import free_port, model_args, serve_run, service_config
 

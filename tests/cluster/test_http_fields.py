@@ -104,7 +104,9 @@ def check_details(entry: Any, weights: dict[str, float]) -> None:
 
 
 def test_a_chat_tells_log_probabilities(client: OpenAI) -> None:
-    body: dict[str, Any] = {"model": "kinder", "messages": CHAT, "max_tokens": 9, "seed": 4, "logprobs": True}
+    endless = {str(token(tiny.END_TOKEN)): -100}
+    body: dict[str, Any] = {"model": "kinder", "messages": CHAT, "max_tokens": 9, "seed": 4, "logit_bias": endless}
+    body["logprobs"] = True
     answer = client.chat.completions.create(**body, top_logprobs=3).choices[0]
     assert answer.logprobs is not None
     assert answer.logprobs.content is not None

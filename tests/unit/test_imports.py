@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ray import cloudpickle
 
-from actors.router import LeaseRouter
+from actors.replica.router import LeaseRouter
 from actors.settings import CHECKOUT, CoordinatorSettings
 from deploy.applications import trimtab
 
@@ -16,9 +16,10 @@ COMPILATIONS = """
 from numba.core import event
 
 with event.install_recorder("numba:run_pass") as recorder:
-    import actors.base_model, actors.guide, actors.coordinator.coordinator, deploy.applications, deploy.check
+    import actors.replica.base, actors.replica.guide, actors.coordinator.coordinator
+    import deploy.applications, deploy.cli.check
     assert not recorder.buffer, recorder.buffer[0][1].data
-    from actors.engine.compiled import kernels
+    from actors.engine.passes.compiled import kernels
     assert kernels.product_address() == kernels.product_address()
     assert recorder.buffer
 """
@@ -43,7 +44,9 @@ def heavy_modules(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["deploy.gateway", "deploy.client", "deploy.keys", "deploy.batch", "deploy.start"])
+@pytest.mark.parametrize(
+    "module", ["deploy.http.gateway", "deploy.client", "deploy.cli.keys", "deploy.cli.batch", "deploy.cli.start"]
+)
 def test_what_holds_no_model_imports_no_torch(module: str) -> None:
     assert heavy_modules(f"import {module}") == ""
 

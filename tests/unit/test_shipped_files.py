@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from actors.settings import CHECKOUT
-from deploy.evaluation.plan import Plan
+from deploy.jobs.evaluation.plan import Plan
 
 
 def test_every_package_is_listed() -> None:
@@ -52,7 +52,7 @@ def test_no_text_has_a_hole_to_fill(name: str) -> None:
 
 
 def test_the_shipped_evaluation_is_a_plan_over_the_shipped_guides_and_prompts() -> None:
-    plan = Plan.model_validate(yaml.safe_load((CHECKOUT / "deploy" / "evaluation.yaml").read_text()))
+    plan = Plan.model_validate(yaml.safe_load((CHECKOUT / "deploy" / "files" / "evaluation.yaml").read_text()))
     service = yaml.safe_load((CHECKOUT / "deploy.yaml").read_text())
     guides = service["applications"][-1]["deployments"][0]["user_config"]["guides"]
     assert plan.prompts_path.is_file()

@@ -1,0 +1,1 @@
+"""Forward passes: what a step computes, in transformers' modules, compiled, or on a GPU."""

@@ -1,0 +1,1 @@
+"""The commands: `python -m deploy.NAME` runs the module of that name."""

@@ -1,0 +1,237 @@
+"""Plan a service before there is a machine for it: `python -m deploy.plan deploy.yaml --accelerator h100`.
+
+From the models' configurations alone, without their weights: memory of each model, bytes that travel, the time of a
+step and its bottleneck for a number of sequences, what would help, and the same service with up to 4,096 base
+replicas. An estimate for choosing machines; docs/operations.md says how far off it was where it could be checked.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from actors.names import GUIDE_PREFIX, guide_of
+from actors.settings import BaseModelSettings
+from cluster.errors import InvalidConfiguration
+from deploy.planning.advice import Size, advise, grow
+from deploy.planning.estimate import Estimate, estimate
+from deploy.planning.hardware import ACCELERATORS, THIS_MACHINE, Accelerator, find_accelerator, network, this_machine
+from deploy.planning.service import Choose, read_service
+from deploy.service.check import parse
+
+
+def plan(config: object, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the estimate, what would help, and the sizes that a service may grow to.
+
+    Raises:
+        InvalidConfiguration: the deploy.yaml, a model or an accelerator cannot be planned with.
+    """
+    schema, settings = parse(config)
+    known = [guide_of(name) for name in settings if name.startswith(GUIDE_PREFIX)]
+    guides = known if options.guides is None else options.guides
+    if unknown := sorted(set(guides) - set(known)):
+        raise InvalidConfiguration(f"--guides: there is no guide {unknown[0]!r}; guides are {known}")
+    if unknown := sorted({name for name, _ in options.accelerator if name} - set(settings)):
+        raise InvalidConfiguration(f"--accelerator: there is no application {unknown[0]!r}; there are {list(settings)}")
+    service = read_service(
+        schema,
+        settings,
+        choose=_chooser(dict(options.accelerator), options.sequences),
+        guides=guides,
+        far=network(options.network_gbit_s),
+        is_apart=options.apart,
+    )
+    for model in service.models:
+        if options.context > (limit := min(model.max_context, model.cache_tokens)):
+            raise InvalidConfiguration(f"--context: a sequence of {model.name} has {limit} tokens at most")
+    now = estimate(service, sequences=options.sequences, context=options.context)
+    return {
+        "estimate": now,
+        "advice": list(advise(service, now)),
+        "sizes": list(grow(service, now, network_gbit_s=options.network_gbit_s)),
+        "accelerators": {model.accelerator.name: model.accelerator.source for model in service.models},
+    }
+
+
+def _chooser(given: dict[str, str], rows: int) -> Choose:
+    """Return what gives an application its accelerator: the option for it, its own `accelerator_type`, the option for
+    all, or this machine's processors where it asks for no GPU.
+    """
+    measured: dict[str, Accelerator] = {}
+
+    def choose(application: str, args: BaseModelSettings) -> Accelerator:
+        name = given.get(application) or args.resources.accelerator_type or given.get("")
+        if name is None and args.resources.gpus == 0:
+            name = THIS_MACHINE
+        if name == THIS_MACHINE:
+            if args.dtype not in measured:
+                measured[args.dtype] = this_machine(dtype=args.dtype, rows=min(rows, args.max_sequences))
+            return measured[args.dtype]
+        found = find_accelerator(name) if name else None
+        if found is None:
+            raise InvalidConfiguration(
+                f"{application}: no figures of {f'the accelerator {name!r}' if name else 'its GPUs'}; give "
+                f"`--accelerator {application}=NAME`, one of {', '.join([*ACCELERATORS, THIS_MACHINE])}"
+            )
+        return found
+
+    return choose
+
+
+def describe(planned: dict[str, Any]) -> str:
+    """Return a plan as text."""
+    now: Estimate = planned["estimate"]
+    sizes: list[Size] = planned["sizes"]
+    sources = "\n".join(f"{name}: {source}" for name, source in planned["accelerators"].items())
+    load = f"{now.coordinators} coordinator{'s' if now.coordinators > 1 else ''}, busy {now.coordinator_load:.0%}"
+    return "\n\n".join(
+        [
+            f"{now.sequences} live sequences of {now.context} tokens on the average, {load}",
+            _models(now),
+            f"step {_ms(now.step_s)} ms = models {_ms(now.models_s)} + exchange {_ms(now.exchange_s)} + coordinator "
+            f"{_ms(now.coordinator_s)}; {now.tokens_per_s:,.0f} tokens/s; bottleneck: {now.bottleneck}",
+            "\n".join(f"* {sentence}" for sentence in planned["advice"]) or "* nothing to add",
+            _sizes(sizes),
+            sources,
+        ]
+    )
+
+
+def _models(now: Estimate) -> str:
+    header = (
+        "model,on,replicas,parameters,weights GB,cache GB,rows,step ms,products,attention,small,ranks,link,MB/step,MB/s"
+    )
+    rows = [
+        [
+            model.name,
+            f"{model.devices} x {model.accelerator}",
+            f"{model.replicas}",
+            f"{model.parameters:,}",
+            f"{model.weight_bytes / 1e9:.2f}",
+            f"{model.cache_bytes / 1e9:.2f}",
+            f"{model.rows}",
+            *map(_ms, (model.step_s, model.products_s, model.attention_s, model.small_s, model.ranks_s)),
+            model.link,
+            f"{model.bytes_per_step / 1e6:.2f}",
+            f"{model.bytes_per_s / 1e6:,.1f}",
+        ]
+        for model in now.models
+    ]
+    return _table(header.split(","), rows)
+
+
+def _sizes(sizes: Sequence[Size]) -> str:
+    header = ["base", *sizes[0].guide_replicas, "coordinators", "GPUs", "sequences", "step ms", "tokens/s", "Gbit/s"]
+    rows = [
+        [
+            f"{size.base_replicas:,}",
+            *(f"{count:,}" for count in size.guide_replicas.values()),
+            f"{size.coordinators:,}",
+            f"{size.devices:,}",
+            f"{size.sequences:,}",
+            _ms(size.step_s),
+            f"{size.tokens_per_s:,.0f}",
+            f"{size.gbit_s:,.2f}",
+            f"{size.gbit_s_per_coordinator:.2f}",
+        ]
+        for size in sizes
+    ]
+    return _table([*header, "by network to a coordinator"], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width, the first one to the left."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in (header, *rows))
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}"
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _rate(text: str) -> float:
+    rate = float(text)
+    if not rate > 0:
+        raise ValueError(text)
+    return rate
+
+
+def _choice(text: str) -> tuple[str, str]:
+    """`h100` for all applications, `trimtab-guide-kind=l4` for one."""
+    application, _, name = text.rpartition("=")
+    if name != THIS_MACHINE and find_accelerator(name) is None:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join([*ACCELERATORS, THIS_MACHINE])}")
+    return application, name
+
+
+def parse_options(command_line: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the options."""
+    parser = argparse.ArgumentParser(
+        prog="deploy.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"Accelerators: {', '.join([*ACCELERATORS, THIS_MACHINE])}; {THIS_MACHINE} measures its processors.",
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument(
+        "--accelerator",
+        type=_choice,
+        action="append",
+        default=[],
+        metavar="[APPLICATION=]NAME",
+        help="of all applications that name no accelerator_type, or of one; may be repeated",
+    )
+    parser.add_argument("--sequences", type=_positive, default=64, help="that are live at the same time (%(default)s)")
+    parser.add_argument("--context", type=_positive, default=1024, help="tokens of each, on the average (%(default)s)")
+    parser.add_argument(
+        "--guides",
+        type=lambda text: [name for name in text.split(",") if name],
+        metavar="A,B",
+        help="that every sequence uses; all if absent",
+    )
+    parser.add_argument("--network-gbit-s", type=_rate, default=25.0, help="of each machine (%(default)s)")
+    parser.add_argument("--apart", action="store_true", help="guides are on other machines than the base")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    return parser.parse_args(command_line)
+
+
+def main(command_line: Sequence[str] | None = None) -> None:
+    """Print the plan; exit 1 with the first thing that cannot be planned with."""
+    options = parse_options(command_line)
+    try:
+        planned = plan(yaml.safe_load(options.file.read_text()), options)
+    except (OSError, yaml.YAMLError, InvalidConfiguration) as error:
+        sys.exit(f"{options.file}: {error}")
+    if options.json:
+        now = planned["estimate"]
+        print(
+            json.dumps(
+                {
+                    **planned,
+                    "estimate": {**asdict(now), "tokens_per_s": now.tokens_per_s},
+                    "sizes": [asdict(size) for size in planned["sizes"]],
+                },
+                indent=2,
+            )
+        )
+    else:
+        print(describe(planned))
+
+
+if __name__ == "__main__":
+    main()

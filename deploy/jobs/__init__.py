@@ -1,0 +1,1 @@
+"""What the longer commands do: batches, preference pairs, training and evaluation."""
