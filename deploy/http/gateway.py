@@ -31,6 +31,9 @@ from deploy.http.several import all_of, interleave
 ABSENCE_S = 10
 """The coordinator's own deadline comes first and says more; so much later, there is none that could."""
 
+SIGN_OF_LIFE_S = 15.0
+"""After so long without a piece a stream says that it is alive: many proxies cut what is silent for 60 s."""
+
 app = FastAPI(title="Trimtab", description="Weak-to-strong guided generation", responses=ERRORS, redirect_slashes=False)
 answer_errors(app)
 app.add_middleware(Guard)
@@ -144,9 +147,9 @@ class Gateway:
             whole = await all_of([self._generate({**fields, "caller": caller}) for fields in asked])
             return JSONResponse(answer.whole(whole))
         pieces = interleave([self._stream({**fields, "caller": caller}) for fields in asked])
-        # The first pieces decide between an error's own status and a stream.
+        # The first pieces decide between an error's own status and a stream, unless they are long in coming.
         first = await anext(pieces)
-        events = stream_events(answer, first, pieces, with_usage=request.wants_usage_chunk)
+        events = stream_events(answer, first, pieces, options=request.stream_options)
         return StreamingResponse(events, media_type="text/event-stream")
 
     async def _generate(self, fields: Mapping[str, Any]) -> Piece:
@@ -167,7 +170,10 @@ class Gateway:
                     call.cancel()
 
     async def _stream(self, fields: Mapping[str, Any]) -> AsyncGenerator[list[Piece], None]:
-        """An answer in pieces, as many at a time as there are; given up when the client leaves."""
+        """An answer in pieces, as many at a time as there are; given up when the client leaves.
+
+        No pieces at a time are a sign of life.
+        """
         attempts = Attempts(fields, deadline_s=self._deadline_s)
         while not attempts.is_finished:
             try:
@@ -180,15 +186,22 @@ class Gateway:
                     await asyncio.sleep(attempts.pause_s(error))
 
     async def _read(self, attempts: Attempts) -> AsyncGenerator[list[Piece], None]:
-        """What one coordinator brings of an answer."""
+        """What one coordinator brings of an answer; nothing, now and then, while it waits."""
         inbox = await self._open_inbox()
         with inbox.open() as feed:
             call = self._coordinator.deliver.remote(feed.destination, attempts.resume(), **attempts.fields())
             following = asyncio.create_task(_follow(call, feed))
             try:
                 while True:
-                    async with self._deadline(attempts):
-                        pieces = await feed.read()
+                    left_s = attempts.left_s
+                    try:
+                        async with asyncio.timeout(min(SIGN_OF_LIFE_S, left_s + ABSENCE_S)):
+                            pieces = await feed.read()
+                    except TimeoutError as error:
+                        if left_s == 0:
+                            raise _absence() from error
+                        yield []
+                        continue
                     if not pieces:
                         return
                     yield pieces
@@ -212,4 +225,8 @@ class Gateway:
             async with asyncio.timeout(attempts.left_s + ABSENCE_S):
                 yield
         except TimeoutError as error:
-            raise ReplicaLost(f"no coordinator answered in time, nor {ABSENCE_S:g} s later") from error
+            raise _absence() from error
+
+
+def _absence() -> ReplicaLost:
+    return ReplicaLost(f"no coordinator answered in time, nor {ABSENCE_S:g} s later")

@@ -113,8 +113,8 @@ class Answer:
             return {"message": {"role": "assistant", "content": piece["text"]}}
         return {"text": _text(piece)}
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        """One event of a stream."""
+    def chunk(self, index: int, piece: Piece, *, with_usage: bool = False) -> dict[str, Any]:
+        """One event of a stream; with its choice's token counts so far, if they are wanted."""
         choice = self._choices[index]
         content: dict[str, Any] = {"text": _text(piece)}
         if self._is_chat:
@@ -122,7 +122,8 @@ class Answer:
             content = {"delta": {**role, "content": piece["text"]}}
         choice.usage = piece["usage"]
         self._num_open -= piece["finish_reason"] is not None
-        return {**self._stream_head(), "choices": [self._choice(index, piece, content)], "seed": piece["seed"]}
+        usage = {"usage": piece["usage"]} if with_usage else {}
+        return {**self._stream_head(), "choices": [self._choice(index, piece, content)], "seed": piece["seed"], **usage}
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last event of a stream whose request asked for token counts."""

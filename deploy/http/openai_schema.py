@@ -56,6 +56,9 @@ class StreamOptions(Fields):
     include_usage: bool = False
     """Whether a last chunk gives the token counts."""
 
+    continuous_usage_stats: bool = False
+    """Whether every chunk gives those of its choice so far."""
+
     include_obfuscation: bool = False
     """Without effect: no chunk is padded to hide how long its text is."""
 
@@ -89,11 +92,6 @@ class TextRequest(TextOptions, WithoutEffect):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options only goes with stream: true")
         return self
-
-    @property
-    def wants_usage_chunk(self) -> bool:
-        """Whether a stream ends with a chunk of token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def num_written(self) -> int:

@@ -23,7 +23,7 @@ from cluster.errors import (
     in_brief,
 )
 from deploy.http.openai_answer import Answer
-from deploy.http.openai_schema import ErrorAnswer, ErrorDetail, ErrorType
+from deploy.http.openai_schema import ErrorAnswer, ErrorDetail, ErrorType, StreamOptions
 from deploy.http.several import Batch
 from deploy.json_lines import to_line
 
@@ -68,20 +68,21 @@ def answer_errors(app: FastAPI) -> None:
 
 
 async def stream_events(
-    answer: Answer, first: Batch, rest: AsyncGenerator[Batch, None], *, with_usage: bool
+    answer: Answer, first: Batch, rest: AsyncGenerator[Batch, None], *, options: StreamOptions | None = None
 ) -> AsyncIterator[str]:
     """Yield a stream's events, those that are due at once together; an error after the first token is the last of them.
 
     Args:
         answer: forms the chunks.
-        first: the first pieces, at least one, each with its choice.
+        first: the first pieces, each with its choice; none as a sign of life.
         rest: those after them; closed when the stream ends.
-        with_usage: whether a last chunk gives the token counts.
+        options: what there is beside the text.
     """
+    options = options or StreamOptions()
     try:
-        yield _events(answer, first, with_usage=with_usage)
+        yield _events(answer, first, options)
         async for pieces in rest:
-            yield _events(answer, pieces, with_usage=with_usage)
+            yield _events(answer, pieces, options)
     except FAILURES as error:
         _, detail = _describe(error)
         yield _event({"error": detail.model_dump()})
@@ -89,11 +90,14 @@ async def stream_events(
         await rest.aclose()
 
 
-def _events(answer: Answer, pieces: Batch, *, with_usage: bool) -> str:
+def _events(answer: Answer, pieces: Batch, options: StreamOptions) -> str:
     """The events of some pieces; after the last one of all answers, those that end the stream."""
-    events = [_event(answer.chunk(index, piece)) for index, piece in pieces]
+    if not pieces:
+        return ": waiting\n\n"
+    with_usage = options.continuous_usage_stats
+    events = [_event(answer.chunk(index, piece, with_usage=with_usage)) for index, piece in pieces]
     if answer.is_finished:
-        if with_usage:
+        if options.include_usage:
             events.append(_event(answer.usage_chunk()))
         events.append("data: [DONE]\n\n")
     return "".join(events)
