@@ -18,13 +18,14 @@ class Sampling:
     """Of the guided distribution; 0 is greedy."""
 
     top_k: int = 0
-    """Keep the k most probable tokens, and all that tie with the last; 0 keeps all."""
+    """Keep the k most probable tokens, the lower ones of those that tie; 0 keeps all."""
 
     top_p: float = 1.0
-    """Keep the fewest most probable tokens whose probabilities reach p, after top_k; 1 keeps all."""
+    """Keep the fewest most probable tokens whose probabilities reach p, after top_k, the lower ones of those that tie;
+    1 keeps all."""
 
     min_p: float = 0.0
-    """Keep the tokens at least min_p times as probable as the best; 0 keeps all."""
+    """Keep the tokens at least min_p times as probable as the best, with all that tie; 0 keeps all."""
 
     seed: int = 0
     """Any integer; its low 64 bits key the noise."""

@@ -111,6 +111,10 @@ class BaseModelSettings(Settings):
     prompt_template: str | None = None
     """A Jinja chat template in place of the tokenizer's own; with it, a plain prompt is sent as one user message."""
 
+    split_special_tokens: bool = True
+    """Whether a special token that a message's text spells is read as the characters that it is, and not as the token.
+    Those of the chat template, and of a plain prompt without a `prompt_template`, are tokens all the same."""
+
     max_sequences: int = Field(default=32, ge=1, le=4096)
     """Live sequences per replica; what comes beyond waits."""
 

@@ -40,7 +40,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a run that leaves a segment behind; only the process that started the others can tell."""
     if not hasattr(session.config, "workerinput"):
-        left = set(SHARED_MEMORY.glob("trimtab-*")) - session.config.stash[SEGMENTS]
+        before = session.config.stash[SEGMENTS]
+        left = set(SHARED_MEMORY.glob("trimtab-*")) - before
         if left:
             print(f"\nleft in {SHARED_MEMORY}: {sorted(path.name for path in left)}")
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

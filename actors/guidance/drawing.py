@@ -89,7 +89,7 @@ def _draw(z_V: Floats, sampling: Sampling, position: int, sample: int) -> int | 
     if sampling.is_greedy:
         return 4 * best_block + int(z_V[4 * best_block : 4 * best_block + 4].argmax())
     temperature = float(sampling.temperature)
-    floor = filter_floor(
+    floor, end = filter_floor(
         z_V,
         maxima,
         float(maxima[best_block]),
@@ -99,7 +99,7 @@ def _draw(z_V: Floats, sampling: Sampling, position: int, sample: int) -> int | 
         float(sampling.min_p),
     )
     key = sampling.seed & _MASK, sampling.seed >> 32 & _MASK
-    return race(z_V, maxima, best_block, temperature, floor, key, position, sample)
+    return race(z_V, maxima, best_block, temperature, floor, end, key, position, sample)
 
 
 def floats(row: Tensor) -> Floats:

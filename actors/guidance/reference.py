@@ -53,14 +53,16 @@ def generate(
     shaping: Shaping | None = None,
     max_tokens: int,
     end_tokens: Collection[int] = (),
+    spelled: Collection[int] | None = None,
     sample: int = 0,
     is_legal: Callable[[Sequence[int], int], bool] | None = None,
     keeps_laws: bool = False,
 ) -> ReferenceText:
     """Write up to `max_tokens` tokens from the guided distribution.
 
-    Guides of weight 0 are left out; the others are summed in the order given. `is_legal` says of the output so far and
-    a token whether the token may come next.
+    Guides of weight 0 are left out; the others are summed in the order given. `spelled` are the ids that stand for
+    tokens, with the end tokens; columns of the logits for other ids are never drawn. All are if it is absent.
+    `is_legal` says of the output so far and a token whether the token may come next.
     """
     sampling = sampling or Sampling()
     shaping = shaping or Shaping()
@@ -81,7 +83,10 @@ def generate(
         if keeps_laws:
             text.laws.append(laws(rows, guidance))
         base_row = penalize_repetition(rows[0], shaping, [*base.prompt, *text.tokens])
-        z_1V = shape(merge([base_row], [guidance]), shaping, text.tokens, end_tokens)
+        z_1V = merge([base_row], [guidance])
+        if spelled is not None:
+            z_1V[0, [column for column in range(z_1V.shape[1]) if column not in spelled]] = -torch.inf
+        z_1V = shape(z_1V, shaping, text.tokens, end_tokens)
         if is_legal is not None:
             illegal = [token for token in range(z_1V.shape[1]) if not is_legal(text.tokens, token)]
             z_1V[0, illegal] = -torch.inf

@@ -146,7 +146,8 @@ class ModelServer:
         else:
             engine = thread.submit(load_engine, settings, rows).result()
         replica = serve.get_replica_context().replica_id.to_full_id_str()
-        encoder = PromptEncoder(tokenizer, settings.prompt_template)
+        encoder = PromptEncoder(tokenizer, settings.prompt_template, split_special_tokens=settings.split_special_tokens)
+        encoder.prepare()
         server = cls(
             engine,
             encoder,

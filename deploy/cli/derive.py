@@ -19,6 +19,7 @@ from deploy.jobs.training.run import (
     add_run_arguments,
     check_run_arguments,
     count_layers,
+    describe_adapter,
     describe_data,
     exit_status,
     locate,
@@ -89,11 +90,12 @@ def prepare(options: argparse.Namespace) -> Job:
     data = describe_data(texts, encoder.report)
     if not examples:
         raise InvalidConfiguration(f"--data: no text is left to train on: {'; '.join(data)}")
+    settings = settings_from(options, layers, len(examples))
     return Job(
-        settings=settings_from(options, layers, len(examples)),
+        settings=settings,
         examples=examples,
         validation=[],
-        data=data,
+        data=[*data, *describe_adapter(settings)],
         digest=texts.digest,
     )
 

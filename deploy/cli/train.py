@@ -27,6 +27,7 @@ from deploy.jobs.training.run import (
     add_run_arguments,
     check_run_arguments,
     count_layers,
+    describe_adapter,
     describe_data,
     exit_status,
     locate,
@@ -252,11 +253,12 @@ def prepare(options: argparse.Namespace) -> tuple[Job, list[Pair]]:
     data = [*describe_data(pairs, encoder.report), f"{len(kept_back)} of the examples kept back for validation"]
     if not examples:
         raise InvalidConfiguration(f"--data: no pair is left to train on: {'; '.join(data)}")
+    settings = settings_from(options, len(examples), layers)
     job = Job(
-        settings=settings_from(options, len(examples), layers),
+        settings=settings,
         examples=examples,
         validation=kept_back,
-        data=data,
+        data=[*data, *describe_adapter(settings)],
         digest=pairs.digest,
     )
     return job, validation

@@ -2,8 +2,8 @@
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing
 from importlib import metadata
 from typing import Any
 
@@ -18,10 +18,11 @@ from actors.coordinator.request import check_model, parse_request
 from actors.names import BASE, guide_application
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, Profile, parse_guidance
 from cluster.delivery import Feed, Inbox
-from cluster.errors import ReplicaLost, TrimtabError
+from cluster.errors import TrimtabError
 from cluster.tls import Tls
 from deploy.http.access import Access, Guard, caller_of
 from deploy.http.attempts import REPEATABLE, Attempts, own_errors
+from deploy.http.closing import Closing
 from deploy.http.facts import Facts
 from deploy.http.openai_answer import Answer
 from deploy.http.openai_schema import ChatCompletionRequest, CompletionRequest
@@ -51,6 +52,15 @@ async def _follow(call: DeploymentResponse, feed: Feed) -> None:
         feed.fail(TrimtabError(f"the coordinator failed: {error!r}"))
 
 
+async def _read_soon(feed: Feed) -> list[Piece] | None:
+    """What a feed brings; None if that takes so long that the stream should show that it is alive."""
+    try:
+        async with asyncio.timeout(SIGN_OF_LIFE_S):
+            return await feed.read()
+    except TimeoutError:
+        return None
+
+
 @serve.ingress(app)
 class Gateway:
     """A Serve deployment that speaks OpenAI's HTTP API."""
@@ -64,6 +74,8 @@ class Gateway:
         self._facts = Facts()
         self._inbox: Inbox | None = None
         self._starting = asyncio.Lock()
+        self._closing = Closing()
+        self._drain_s = settings.limits.drain_s
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take new profiles.
@@ -76,6 +88,10 @@ class Gateway:
     def check_health(self) -> None:
         """Raise `InvalidConfiguration` if strangers can reach the service and nobody needs a key (for Serve)."""
         self.access.check_exposure()
+
+    async def close(self) -> None:
+        """Finish what is being written, within `limits.drain_s`, and take nothing new: for who stops the service."""
+        await self._closing.close(self._drain_s)
 
     @app.get("/health")
     @app.head("/health", include_in_schema=False)
@@ -144,7 +160,8 @@ class Gateway:
             parse_request(self._guidance, fields, self._deadline_s)
         answer, caller = Answer(request), caller_of(http.scope)
         if not request.stream:
-            whole = await all_of([self._generate({**fields, "caller": caller}) for fields in asked])
+            with self._closing.answer():
+                whole = await all_of([self._generate({**fields, "caller": caller}) for fields in asked])
             return JSONResponse(answer.whole(whole))
         pieces = interleave([self._stream({**fields, "caller": caller}) for fields in asked])
         # The first pieces decide between an error's own status and a stream, unless they are long in coming.
@@ -175,15 +192,16 @@ class Gateway:
         No pieces at a time are a sign of life.
         """
         attempts = Attempts(fields, deadline_s=self._deadline_s)
-        while not attempts.is_finished:
-            try:
-                async with aclosing(self._read(attempts)) as batches:
-                    async for pieces in batches:
-                        attempts.take(pieces)
-                        yield pieces
-            except REPEATABLE as error:
-                if not attempts.is_finished:
-                    await asyncio.sleep(attempts.pause_s(error))
+        with self._closing.answer():
+            while not attempts.is_finished:
+                try:
+                    async with aclosing(self._read(attempts)) as batches:
+                        async for pieces in batches:
+                            attempts.take(pieces)
+                            yield pieces
+                except REPEATABLE as error:
+                    if not attempts.is_finished:
+                        await asyncio.sleep(attempts.pause_s(error))
 
     async def _read(self, attempts: Attempts) -> AsyncGenerator[list[Piece], None]:
         """What one coordinator brings of an answer; nothing, now and then, while it waits."""
@@ -193,13 +211,9 @@ class Gateway:
             following = asyncio.create_task(_follow(call, feed))
             try:
                 while True:
-                    left_s = attempts.left_s
-                    try:
-                        async with asyncio.timeout(min(SIGN_OF_LIFE_S, left_s + ABSENCE_S)):
-                            pieces = await feed.read()
-                    except TimeoutError as error:
-                        if left_s == 0:
-                            raise _absence() from error
+                    async with self._deadline(attempts):
+                        pieces = await _read_soon(feed)
+                    if pieces is None:
                         yield []
                         continue
                     if not pieces:
@@ -219,14 +233,6 @@ class Gateway:
                 self._inbox = inbox
         return self._inbox
 
-    @asynccontextmanager
-    async def _deadline(self, attempts: Attempts) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(attempts.left_s + ABSENCE_S):
-                yield
-        except TimeoutError as error:
-            raise _absence() from error
-
-
-def _absence() -> ReplicaLost:
-    return ReplicaLost(f"no coordinator answered in time, nor {ABSENCE_S:g} s later")
+    def _deadline(self, attempts: Attempts) -> AbstractAsyncContextManager[None]:
+        late = f"no coordinator answered in time, nor {ABSENCE_S:g} s later"
+        return self._closing.wait(attempts.left_s + ABSENCE_S, late)
