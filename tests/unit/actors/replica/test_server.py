@@ -121,7 +121,7 @@ async def test_a_token_that_the_model_has_no_embedding_for_is_refused(
     fast = tiny.tokenizer(80)
     fast.add_tokens(["<added>"])
     fast.add_special_tokens({"additional_special_tokens": ["<other>"]})
-    monkeypatch.setattr(server, "_encoder", PromptEncoder(fast, template))
+    monkeypatch.setattr(server, "_encoder", PromptEncoder(fast, template, split_special_tokens=False))
     [item] = [item async for item in server.lease(request("c", "s", text))]
     assert isinstance(item, Refusal)
     assert item.error.field == "prompt"
