@@ -4,6 +4,7 @@ import pytest
 
 from actors.coordinator.spelling import Spelling
 from tests import tiny
+from tests.tokenizer_families import FAMILIES
 from tests.unit.actors.coordinator.test_text import BYTES
 
 
@@ -11,6 +12,26 @@ def test_the_bytes_of_a_text_are_those_of_its_tokens() -> None:
     spelling = Spelling(BYTES)
     text = "naïve 漢字 😀\n"
     assert b"".join(spelling.spell(token)[1] for token in BYTES.encode(text).ids) == text.encode()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_every_family_the_tokens_of_a_text_are_spelled_as_it_is(family: str) -> None:
+    fast = FAMILIES[family]()
+    spelling = Spelling(fast.backend_tokenizer)
+    for text in (
+        "The other",
+        "they'd do.",
+        "naïve Straße",
+        "hi 👋🏽 there",
+        "a  b   c",
+        "x\n\n\ny\n    return [there]",
+    ):
+        tokens = fast(text, add_special_tokens=False).input_ids
+        if fast.decode(tokens) != text:
+            continue  # Unigram without bytes does not have all characters.
+        spelled = b"".join(spelling.spell(token)[1] for token in tokens).decode()
+        # Some put a space before a text, which the decoder takes away again.
+        assert spelled.removeprefix(" ") == text
 
 
 def test_part_of_a_character_is_spelled_in_hex() -> None:
