@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jinja2
 
@@ -17,14 +17,17 @@ class Message(TypedDict):
 
     role: str
     content: str
+    name: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Either a text, or a conversation whose next turn is wanted."""
+    """A text, its tokens, or a conversation whose next turn is wanted."""
 
     text: str | None = None
     messages: Sequence[Message] | None = None
+    tokens: Sequence[int] | None = None
+    """In the base's tokens, which guides share."""
 
     @property
     def field(self) -> str:
@@ -59,6 +62,8 @@ class PromptEncoder:
             InvalidRequest: the prompt is empty, is a conversation and the model has no template for it, or template or
                 tokenizer fail on it.
         """
+        if prompt.tokens is not None:
+            return self._check_tokens(prompt.tokens)
         text = self.text_of(prompt)
         try:
             tokens = self.tokens_of(text, is_rendered=self.is_rendered(prompt))
@@ -71,6 +76,18 @@ class PromptEncoder:
         if not tokens:
             raise InvalidRequest(f"{prompt.field} holds no token; give some text", prompt.field)
         return tokens
+
+    def _check_tokens(self, tokens: Sequence[int]) -> list[int]:
+        """Return a prompt's tokens as they are, or raise `InvalidRequest`."""
+        if not tokens:
+            raise InvalidRequest("prompt is empty; give at least one token", "prompt")
+        if self._is_template_set:
+            raise InvalidRequest(
+                f"prompt: the model {self._tokenizer.name_or_path!r} has a prompt_template, which takes no token ids; "
+                "send a text",
+                "prompt",
+            )
+        return list(tokens)
 
     def prepare(self) -> None:
         """Make now what the first conversation that spells a special token would wait for, a second or so."""
@@ -114,8 +131,8 @@ class PromptEncoder:
         return tokens if tokens[:first] == before else [*before, *tokens]
 
     def name_of(self, token: int) -> str:
-        """Return how a token is spelled."""
-        return str(self._tokenizer.convert_ids_to_tokens(token))
+        """Return how a token is spelled; nothing for an id that the tokenizer does not know."""
+        return str(self._tokenizer.convert_ids_to_tokens(token) or "") if token < len(self._tokenizer) else ""
 
     def render(self, messages: Sequence[Message], field: str = "messages", *, is_answered: bool = False) -> str:
         """Return the conversation as the template writes it, for `tokens_of`.

@@ -243,12 +243,21 @@ class SecuritySettings(Settings):
     """Serve addresses that others can reach though nobody needs a key."""
 
 
+class HttpSettings(Settings):
+    """What the HTTP API shows to browsers."""
+
+    cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]] = []
+    """Origins whose pages may use the service from a browser, like `https://chat.example.org`; `*` for all. None unless
+    they are named."""
+
+
 class CoordinatorSettings(Settings):
     """`args` of the application `trimtab`."""
 
     exchange: ExchangeSettings = ExchangeSettings()
     limits: Limits = Limits()
     security: SecuritySettings = SecuritySettings()
+    http: HttpSettings = HttpSettings()
     health: Health = Health()
 
 

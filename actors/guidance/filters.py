@@ -163,6 +163,21 @@ def nucleus_floor(z: Floats, best: float, temperature: float, top_p: float) -> t
 
 
 @compiled
+def log_sum_exp(z: Floats, best: float) -> float:
+    """Return log sum_v e^z_v of a row whose largest logit is `best`."""
+    scores, powers = np.empty(LANES), np.empty(LANES)
+    total = 0.0
+    for start in range(0, len(z), LANES):
+        num_tokens = min(LANES, len(z) - start)
+        for i in range(num_tokens):
+            scores[i] = np.float64(z[start + i]) - best
+        exponentials(scores[:num_tokens], powers)
+        for i in range(num_tokens):
+            total += powers[i]
+    return best + math.log(total)
+
+
+@compiled
 def exponentials(scores: Doubles, powers: Doubles) -> None:
     """Write e^x of scores x <= 0, LANES at most, within 1e-14 of its size; 0 is given as e^-700.
 

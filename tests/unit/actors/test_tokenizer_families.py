@@ -122,7 +122,7 @@ async def test_a_token_that_the_model_lacks_is_refused_where_it_is_one(name: str
             first = await anext(leases)
             assert isinstance(first, Refusal) == is_refused
             if isinstance(first, Refusal):
-                assert f"{last!r}, id {number}" in first.message
+                assert f"{last!r}, id {number}" in str(first.error)
             await leases.aclose()
     finally:
         await server.stop()

@@ -9,8 +9,10 @@ import pytest
 from actors.api import Piece
 from cluster.errors import ReplicaLost
 from deploy.http.closing import Closing
-from deploy.http.openai_schema import Answer, CompletionRequest
+from deploy.http.openai_answer import Answer
+from deploy.http.openai_schema import CompletionRequest
 from deploy.http.responses import stream_events
+from deploy.http.several import interleave
 
 STEP_S = 0.02
 
@@ -31,10 +33,10 @@ async def write(closing: Closing, texts: Sequence[str], pause_s: float = STEP_S)
 
 async def read(closing: Closing, texts: Sequence[str], pause_s: float = STEP_S) -> str:
     """A stream as its client gets it."""
-    pieces = write(closing, texts, pause_s)
+    pieces = interleave([write(closing, texts, pause_s)])
     first = await anext(pieces)
-    answer = Answer(CompletionRequest(model="base", prompt="a", stream=True))
-    return "".join([event async for event in stream_events(answer, first, pieces, with_usage=False)])
+    answer = Answer(CompletionRequest(model="base", prompt=["a"], stream=True))
+    return "".join([event async for event in stream_events(answer, first, pieces)])
 
 
 async def test_every_stream_ends_with_its_rest_or_with_an_error_event() -> None:
