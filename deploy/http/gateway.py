@@ -21,7 +21,7 @@ from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, 
 from cluster.delivery import Feed, Inbox
 from cluster.errors import ReplicaLost, TrimtabError
 from cluster.tls import Tls
-from deploy.http.access import Access, Guard, caller_of
+from deploy.http.access.guard import Access, Guard, caller_of
 from deploy.http.attempts import REPEATABLE, Attempts, own_errors
 from deploy.http.openai_schema import Answer, ChatCompletionRequest, CompletionRequest, TextRequest
 from deploy.http.responses import ERRORS, RETRY_AFTER_S, STREAMS, answer_errors, stream_events
