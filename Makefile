@@ -14,10 +14,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 serve: $(VENV)/installed
 	$(BIN)/trimtab serve deploy.yaml
 
-# The whole test suite. TESTS="tests/unit" runs a part of it.
-TESTS ?= tests
+# The whole test suite, units in as many processes as there are cores. TESTS="tests/unit" runs a part of it.
+TESTS ?= tests/unit tests/cluster
 test: $(VENV)/installed-dev models
-	$(BIN)/python -m pytest $(TESTS)
+	set -e; for part in $(TESTS); do \
+		case $$part in tests/unit*) several="--numprocesses auto --dist loadfile" ;; *) several= ;; esac; \
+		$(BIN)/python -m pytest $$several $$part; \
+	done
 
 # What no honest client sends: 10,000 hostile requests, the OpenAPI schema's corners, broken bytes on every port; some
 # minutes. `make test` has a small sample of it. FUZZ=1000 sends fewer.

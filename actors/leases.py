@@ -7,6 +7,7 @@ from ray.types import ObjectRef
 
 from actors.guidance.lm_head import OutputFunction
 from actors.prompts import Prompt
+from cluster.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,5 +70,4 @@ class Lease:
 class Refusal:
     """The replica cannot take this prompt."""
 
-    message: str
-    field: str | None
+    error: InvalidRequest

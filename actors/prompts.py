@@ -1,11 +1,14 @@
 """A request's prompt in one model's own tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from functools import cached_property
+from typing import Any, NotRequired, TypedDict
 
 import jinja2
 
+from actors.chat_templates import ChatTemplate
+from actors.spelled_tokens import SpelledTokens, special_spellings, written_spellings
 from cluster.errors import InvalidRequest
 
 
@@ -14,14 +17,17 @@ class Message(TypedDict):
 
     role: str
     content: str
+    name: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Either a text, or a conversation whose next turn is wanted."""
+    """A text, its tokens, or a conversation whose next turn is wanted."""
 
     text: str | None = None
     messages: Sequence[Message] | None = None
+    tokens: Sequence[int] | None = None
+    """In the base's tokens, which guides share."""
 
     @property
     def field(self) -> str:
@@ -30,11 +36,24 @@ class Prompt:
 
 
 class PromptEncoder:
-    """Encodes prompts for one model: `messages` by its chat template, a text verbatim unless a template was set."""
+    """Encodes prompts for one model: `messages` by its chat template, a text verbatim unless a template was set.
 
-    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+    Special tokens are those that the template writes, and what a text that came verbatim spells. What a message's
+    text spells is encoded as the characters that it is.
+    """
+
+    def __init__(self, tokenizer: Any, template: str | None = None, *, split_special_tokens: bool = True) -> None:
+        """Take a model's tokenizer.
+
+        Args:
+            tokenizer: Of the model.
+            template: In place of the tokenizer's own.
+            split_special_tokens: Whether a special token that a message's text spells is no token.
+        """
         self._tokenizer = tokenizer
-        self._template = template
+        self._is_template_set = template is not None
+        self._template = ChatTemplate(tokenizer, template)
+        self._splits = split_special_tokens
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the prompt's token ids.
@@ -43,6 +62,8 @@ class PromptEncoder:
             InvalidRequest: the prompt is empty, is a conversation and the model has no template for it, or template or
                 tokenizer fail on it.
         """
+        if prompt.tokens is not None:
+            return self._check_tokens(prompt.tokens)
         text = self.text_of(prompt)
         try:
             tokens = self.tokens_of(text, is_rendered=self.is_rendered(prompt))
@@ -56,12 +77,29 @@ class PromptEncoder:
             raise InvalidRequest(f"{prompt.field} holds no token; give some text", prompt.field)
         return tokens
 
+    def _check_tokens(self, tokens: Sequence[int]) -> list[int]:
+        """Return a prompt's tokens as they are, or raise `InvalidRequest`."""
+        if not tokens:
+            raise InvalidRequest("prompt is empty; give at least one token", "prompt")
+        if self._is_template_set:
+            raise InvalidRequest(
+                f"prompt: the model {self._tokenizer.name_or_path!r} has a prompt_template, which takes no token ids; "
+                "send a text",
+                "prompt",
+            )
+        return list(tokens)
+
+    def prepare(self) -> None:
+        """Make now what the first conversation that spells a special token would wait for, a second or so."""
+        if self._splits and self._spelled is not None:
+            self._spelled.prepare()
+
     def is_rendered(self, prompt: Prompt) -> bool:
         """Whether a template writes the prompt's text, special tokens and all."""
-        return prompt.messages is not None or self._template is not None
+        return prompt.messages is not None or self._is_template_set
 
     def text_of(self, prompt: Prompt) -> str:
-        """Return the text that the prompt's tokens are made of.
+        """Return the text that the prompt's tokens are made of, for `tokens_of`.
 
         Raises:
             InvalidRequest: as `encode` does.
@@ -80,6 +118,8 @@ class PromptEncoder:
 
         What it puts after a text would end the prompt, and what the text begins with itself is not put there again.
         """
+        if is_rendered and self._splits and self._spelled is not None and self._spelled.is_marked(text):
+            return self._spelled.encode(text)
         if is_rendered:
             return list(self._tokenizer(text, add_special_tokens=False).input_ids)
         encoded = self._tokenizer(text, return_special_tokens_mask=True)
@@ -91,11 +131,11 @@ class PromptEncoder:
         return tokens if tokens[:first] == before else [*before, *tokens]
 
     def name_of(self, token: int) -> str:
-        """Return how a token is spelled."""
-        return str(self._tokenizer.convert_ids_to_tokens(token))
+        """Return how a token is spelled; nothing for an id that the tokenizer does not know."""
+        return str(self._tokenizer.convert_ids_to_tokens(token) or "") if token < len(self._tokenizer) else ""
 
     def render(self, messages: Sequence[Message], field: str = "messages", *, is_answered: bool = False) -> str:
-        """Return the conversation as the template writes it.
+        """Return the conversation as the template writes it, for `tokens_of`.
 
         Args:
             messages: Of the conversation.
@@ -105,18 +145,14 @@ class PromptEncoder:
         Raises:
             InvalidRequest: there is no template, or it fails on this conversation.
         """
-        if self._template is None and not self._tokenizer.chat_template:
+        if not self._template.is_there:
             raise InvalidRequest(
                 f"{field}: the model {self._tokenizer.name_or_path!r} has no chat template; "
                 "send a plain prompt, or set its prompt_template",
                 field,
             )
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    list(messages), chat_template=self._template, add_generation_prompt=not is_answered, tokenize=False
-                )
-            )
+            return self._render(messages, is_answered)
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"{field}: the chat template refuses this conversation: {error}", field) from error
         except Exception as error:
@@ -126,3 +162,31 @@ class PromptEncoder:
                 "roles, or mend the template",
                 field,
             ) from error
+
+    def _render(self, messages: Sequence[Message], is_answered: bool) -> str:
+        spelled = self._spelled if self._splits else None
+        given = [*messages[:-1]] if is_answered else messages
+        if spelled is None or not any(spelled.may_spell(text) for message in given for text in _texts(message)):
+            return self._template.render(messages, is_answered=is_answered)
+        rest = messages[len(given) :]
+        written, guarded = (
+            self._template.render([*(_changed(message, mark) for message in given), *rest], is_answered=is_answered)
+            for mark in (spelled.mark, spelled.mark_beginnings)
+        )
+        # Halves of a spelling may meet only in what the template writes.
+        return written if spelled.count(written) == spelled.count(guarded) else guarded
+
+    @cached_property
+    def _spelled(self) -> SpelledTokens | None:
+        """The special tokens, and those that the template writes around turns; none if there are none."""
+        backend = self._tokenizer.backend_tokenizer
+        spellings = special_spellings(backend) | written_spellings(backend, self._template.turns())
+        return SpelledTokens(backend, spellings) if spellings else None
+
+
+def _texts(message: Message) -> tuple[str, str]:
+    return message["role"], message["content"]
+
+
+def _changed(message: Message, change: Callable[[str], str]) -> Message:
+    return {**message, "role": change(message["role"]), "content": change(message["content"])}

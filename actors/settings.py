@@ -118,6 +118,10 @@ class BaseModelSettings(Settings):
     prompt_template: str | None = None
     """A Jinja chat template in place of the tokenizer's own; with it, a plain prompt is sent as one user message."""
 
+    split_special_tokens: bool = True
+    """Whether a special token that a message's text spells is read as the characters that it is, and not as the token.
+    Those of the chat template, and of a plain prompt without a `prompt_template`, are tokens all the same."""
+
     max_sequences: int = Field(default=32, ge=1, le=4096)
     """Live sequences per replica; what comes beyond waits."""
 
@@ -246,12 +250,21 @@ class SecuritySettings(Settings):
     """Serve addresses that others can reach though nobody needs a key."""
 
 
+class HttpSettings(Settings):
+    """What the HTTP API shows to browsers."""
+
+    cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]] = []
+    """Origins whose pages may use the service from a browser, like `https://chat.example.org`; `*` for all. None unless
+    they are named."""
+
+
 class CoordinatorSettings(Settings):
     """`args` of the application `trimtab`."""
 
     exchange: ExchangeSettings = ExchangeSettings()
     limits: Limits = Limits()
     security: SecuritySettings = SecuritySettings()
+    http: HttpSettings = HttpSettings()
     health: Health = Health()
 
 

@@ -72,7 +72,7 @@ class RemoteReplica:
         self._connection.send(request)
         answer: Lease | Refusal = receive(self._connection)
         if isinstance(answer, Refusal):
-            raise RuntimeError(answer.message)
+            raise RuntimeError(str(answer.error))
         return answer
 
     def release(self) -> None:

@@ -3,7 +3,8 @@
 TrimtabError
 ├── InvalidConfiguration     a key of deploy.yaml, a model directory or a vocabulary cannot be used; nothing was started
 ├── InvalidRequest           the caller's request cannot be served as it is; names the field (HTTP 400)
-│   └── UnknownModel         the request names a profile that does not exist (HTTP 404)
+│   ├── UnknownModel         the request names a profile that does not exist (HTTP 404)
+│   └── ContextExceeded      prompt and answer together are longer than a model's context
 ├── Overloaded               no room for another sequence at present; try again later (HTTP 429)
 ├── ReplicaLost              a model replica died, hung or cannot be had (HTTP 503)
 │   └── AnswerLost           what wrote an answer, or the way from there, was lost; it can be asked for again
@@ -37,6 +38,10 @@ class InvalidRequest(TrimtabError):
 
 class UnknownModel(InvalidRequest):
     """A request names a profile that does not exist."""
+
+
+class ContextExceeded(InvalidRequest):
+    """Prompt and answer together are longer than a model's context."""
 
 
 class Overloaded(TrimtabError):

@@ -1,11 +1,18 @@
 """What holds for every test."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each of several processes computes in one thread: two teams on the same cores displace each other. Read when torch
+    # is imported.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+
+SHARED_MEMORY = Path("/dev/shm")
+SEGMENTS = pytest.StashKey[set[Path]]()
 
 if not torch.cuda.is_available():
     # Kernels for GPUs run in Triton's interpreter then. Read when Triton is imported, which transformers' models do.
@@ -24,10 +31,17 @@ def num_hostile(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--fuzz"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def nothing_left_in_shared_memory() -> Iterator[None]:
-    """A run leaves no segment behind."""
-    shared_memory = Path("/dev/shm")
-    before = set(shared_memory.glob("trimtab-*"))
-    yield
-    assert set(shared_memory.glob("trimtab-*")) <= before
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Note which segments are there before the run."""
+    if not hasattr(session.config, "workerinput"):
+        session.config.stash[SEGMENTS] = set(SHARED_MEMORY.glob("trimtab-*"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run that leaves a segment behind; only the process that started the others can tell."""
+    if not hasattr(session.config, "workerinput"):
+        before = session.config.stash[SEGMENTS]
+        left = set(SHARED_MEMORY.glob("trimtab-*")) - before
+        if left:
+            print(f"\nleft in {SHARED_MEMORY}: {sorted(path.name for path in left)}")
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -65,6 +65,17 @@ NAMES = [
         "_caller",
         "logit_bias",
         "tools",
+        "best_of",
+        "echo",
+        "metadata",
+        "user",
+        "response_format",
+        "frequency_penalty",
+        "repetition_penalty",
+        "stop_token_ids",
+        "min_tokens",
+        "ignore_eos",
+        "top_logprobs",
     ),
     *("", "\ud800", "__class__", "x" * 3000, "a.b", "prompt\0"),
 ]
@@ -82,7 +93,7 @@ class Hostile:
 
 
 REFUSALS = {400, 404, 405, 408, 413, 415, 431}
-WITHOUT_A_FIELD = ("the body", "prompt", "messages", "stream_options", "max_tokens")
+WITHOUT_A_FIELD = ("the body", "prompt", "messages", "stream_options", "max_tokens", "logprobs")
 """What a message may name where no single field is wrong."""
 
 
@@ -125,7 +136,8 @@ def _odd_fields(chance: random.Random) -> Hostile:
 
 def _odd_messages(chance: random.Random) -> Hostile:
     message: dict[Any, Any] = {"role": "user", "content": "hi"}
-    message[chance.choice(["role", "content", "name", "tool_calls", "\ud800"])] = chance.choice(VALUES)
+    name = chance.choice(["role", "content", "name", "tool_calls", "refusal", "audio", "\ud800"])
+    message[name] = chance.choice(VALUES)
     if chance.random() < 0.3:
         message["content"] = [{"type": "text", "text": chance.choice(VALUES)} for _ in range(chance.choice([1, 50]))]
     return Hostile(

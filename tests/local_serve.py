@@ -30,6 +30,8 @@ class LocalServe:
     def __init__(self) -> None:
         self.replicas: dict[str, list[ModelServer]] = {}
         self.num_leases: Counter[str] = Counter()
+        self.num_waiting: Counter[str] = Counter()
+        """Calls that have no replica yet."""
         self.killed: list[str] = []
         """Replicas that a coordinator had killed."""
         self._load: Counter[ModelServer] = Counter()
@@ -96,11 +98,15 @@ class LocalServe:
     @asynccontextmanager
     async def place(self, name: str) -> AsyncIterator[ModelServer]:
         """A replica with room, part of which is taken."""
-        async with self._change:
-            await self._change.wait_for(lambda: self._free(name) is not None)
-            server = self._free(name)
-            assert server is not None
-            self._load[server] += 1
+        self.num_waiting[name] += 1
+        try:
+            async with self._change:
+                await self._change.wait_for(lambda: self._free(name) is not None)
+                server = self._free(name)
+                assert server is not None
+                self._load[server] += 1
+        finally:
+            self.num_waiting[name] -= 1
         try:
             yield server
         finally:

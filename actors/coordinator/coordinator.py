@@ -4,13 +4,16 @@ import asyncio
 import os
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from actors.api import Piece, Resume
+from actors.api import Format, Piece, Resume, join
 from actors.coordinator.admission import UNNAMED, Admission, Caller
+from actors.coordinator.echo import Echo
 from actors.coordinator.figures import Figures
 from actors.coordinator.lane import Lane
 from actors.coordinator.presence import Presence
@@ -18,17 +21,59 @@ from actors.coordinator.refusals import log_refusals_briefly
 from actors.coordinator.replicas import Place, Replicas
 from actors.coordinator.request import Generation, parse_request
 from actors.coordinator.sequence import LiveSequence, Voice
+from actors.coordinator.spelling import Spelling
 from actors.coordinator.tenancy import Tenancy
 from actors.coordinator.text import TextWriter
-from actors.guidance import Spelled
-from actors.guidance.drawing import warm_up
+from actors.guidance import Spelled, drawing, scoring
+from actors.guidance.grammar import GrammarMask, Grammars
+from actors.guidance.shaping import Shaper
 from actors.leases import BaseDescription, Lease
 from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, parse_guidance
 from actors.telemetry import Telemetry
 from cluster.delivery import Destination, Outlets, Receipt
-from cluster.errors import DeadlineExceeded, InvalidConfiguration, InvalidRequest, TrimtabError
+from cluster.errors import ContextExceeded, DeadlineExceeded, InvalidConfiguration, InvalidRequest, TrimtabError
 from cluster.exchange import StepStream
 from cluster.tls import Tls
+
+COMPILE_S = 10.0
+"""For a grammar, the first one of a base included."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBase:
+    """What a coordinator makes of a base's description, once."""
+
+    end_tokens: frozenset[int]
+    tokenizer: Tokenizer
+    spelled: Spelled
+    spelling: Spelling
+    grammars: Grammars
+    compiling: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammars"))
+
+    async def mask(self, form: Format) -> GrammarMask:
+        """Return the mask of an answer in that form, compiled beside the event loop.
+
+        Raises:
+            InvalidRequest: there is no such grammar, or it takes too long.
+        """
+        compiled = asyncio.get_running_loop().run_in_executor(self.compiling, self.grammars.mask, form)
+        try:
+            async with asyncio.timeout(COMPILE_S) as limit:
+                return await compiled
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            message = f"the form of the answer took longer than {COMPILE_S:g} s to prepare; ask for a simpler one"
+            raise InvalidRequest(message, "response_format") from error
+
+    @classmethod
+    def of(cls, description: BaseDescription) -> "KnownBase":
+        """Take what a base says of itself."""
+        tokenizer = Tokenizer.from_str(description.tokenizer)
+        spelled = Spelled({*tokenizer.get_vocab().values(), *description.end_tokens})
+        spelling = Spelling(tokenizer)
+        grammars = Grammars(lambda: spelling.text_bytes(spelled.num_columns), description.end_tokens)
+        return cls(description.end_tokens, tokenizer, spelled, spelling, grammars)
 
 
 class Coordinator:
@@ -41,7 +86,8 @@ class Coordinator:
 
     def __init__(self, settings: CoordinatorSettings) -> None:
         log_refusals_briefly()
-        warm_up()
+        drawing.warm_up()
+        scoring.warm_up()
         self._id = uuid.uuid4().hex
         self._limits = settings.limits
         self._guidance = GuidanceSettings()
@@ -53,7 +99,7 @@ class Coordinator:
         self._outlets = Outlets(tls)
         self._lanes: dict[StepStream, Lane] = {}
         self._admission = Admission(settings.limits.max_open_requests)
-        self._bases: dict[str, tuple[BaseDescription, Tokenizer, Spelled]] = {}
+        self._bases: dict[str, KnownBase] = {}
         self._figures = Figures()
         self._telemetry = Telemetry()
 
@@ -75,13 +121,8 @@ class Coordinator:
 
     async def generate(self, **fields: Any) -> Piece:
         """Return a whole answer as one piece. Errors are those of `stream`."""
-        text: list[str] = []
-        token_ids: list[int] = []
         async with aclosing(self.stream(**fields)) as pieces:
-            async for piece in pieces:
-                text.append(piece["text"])
-                token_ids += piece["token_ids"]
-        return {**piece, "text": "".join(text), "token_ids": token_ids}
+            return join([piece async for piece in pieces])
 
     async def stream(
         self, resume: Resume | None = None, /, *, caller: Caller = UNNAMED, **fields: Any
@@ -117,7 +158,7 @@ class Coordinator:
                 # Never around a `yield`: the time that a caller takes to come back is not ours to cancel.
                 async with asyncio.timeout_at(deadline), self._admission.turn(caller, request.weights):
                     sequence = await self._begin(request, resume, tenancy)
-                ticket.charge(len(sequence.voices[0].tokens))
+                ticket.charge(sequence.num_prompt_tokens)
                 while True:
                     async with asyncio.timeout_at(deadline):
                         piece = await sequence.read()
@@ -167,7 +208,13 @@ class Coordinator:
         for name, lease in leases.items():
             if lease.base_vocabulary != base.base_vocabulary:
                 raise InvalidConfiguration(f"guide {name!r} was made for another base; correct `base` in its args")
-        description, tokenizer, spelled = self._learn(base)
+        known = self._learn(base)
+        _check_tokens(request, known.spelled)
+        end_tokens = request.stop_tokens | (frozenset() if request.ignores_eos else known.end_tokens)
+        mask = None if request.form is None else await known.mask(request.form)
+        shaper = None
+        if mask is not None or not request.shaping.is_none:
+            shaper = Shaper(request.shaping, prompt=base.prompt_tokens, end_tokens=end_tokens, mask=mask)
         sequence = LiveSequence(
             voices=[
                 Voice(name, _weight(request, name, leases[name]), None, list(leases[name].prompt_tokens))
@@ -175,9 +222,22 @@ class Coordinator:
             ],
             sampling=request.sampling,
             max_tokens=_max_tokens(request, leases),
-            end_tokens=description.end_tokens,
-            writer=TextWriter(tokenizer, base.prompt_tokens, request.stop),
-            spelled=spelled,
+            end_tokens=end_tokens,
+            writer=TextWriter(
+                known.tokenizer,
+                base.prompt_tokens,
+                request.stop,
+                includes_stop=request.includes_stop,
+                shows_special=request.shows_special,
+                min_tokens=request.shaping.min_tokens,
+            ),
+            sample=request.sample,
+            spelled=known.spelled,
+            shaper=shaper,
+            scoring=request.scoring,
+            echo=_echo(request, leases, known) if request.echoes and resume is None else None,
+            spelling=known.spelling,
+            writes_end=request.includes_stop,
         )
         if resume is not None:
             sequence.resume(resume)
@@ -191,13 +251,10 @@ class Coordinator:
             base.lost.add_done_callback(lambda _: self._lanes.pop(base, None))
         return lane
 
-    def _learn(self, lease: Lease) -> tuple[BaseDescription, Tokenizer, Spelled]:
-        """The base's end tokens, tokenizer and tokens, which come with the first lease on it."""
-        description = lease.description
-        if description is not None and lease.fingerprint not in self._bases:
-            tokenizer = Tokenizer.from_str(description.tokenizer)
-            spelled = Spelled({*tokenizer.get_vocab().values(), *description.end_tokens})
-            self._bases[lease.fingerprint] = description, tokenizer, spelled
+    def _learn(self, lease: Lease) -> KnownBase:
+        """What is known of the base, which comes with the first lease on it."""
+        if lease.description is not None and lease.fingerprint not in self._bases:
+            self._bases[lease.fingerprint] = KnownBase.of(lease.description)
         return self._bases[lease.fingerprint]
 
     async def close(self) -> None:
@@ -207,6 +264,41 @@ class Coordinator:
 
     async def __del__(self) -> None:
         await self.close()
+
+
+def _check_tokens(request: Generation, spelled: Spelled) -> None:
+    """Raise `InvalidRequest` if the request names a token that the base does not have."""
+    named = {
+        "logit_bias": request.shaping.logit_bias,
+        "stop_token_ids": request.stop_tokens,
+        "prompt": request.prompt.tokens or (),
+    }
+    for name, tokens in named.items():
+        for token in tokens:
+            if token not in spelled:
+                message = f"{name}: the base has no token {token}; its ids go up to {spelled.num_columns - 1}"
+                raise InvalidRequest(message, name)
+
+
+def _echo(request: Generation, leases: Mapping[str, Lease], known: KnownBase) -> Echo:
+    """What is told of a prompt before its answer.
+
+    Raises:
+        InvalidRequest: a guide has other tokens for it, so that they cannot be told of one by one.
+    """
+    tokens = list(leases[NO_GUIDANCE].prompt_tokens)
+    if request.scoring is not None:
+        for name, lease in leases.items():
+            if list(lease.prompt_tokens) != tokens:
+                raise InvalidRequest(
+                    f"echo: guide {name!r} reads this prompt in other tokens than the base (prompt_template), so that "
+                    "its log probabilities cannot be told; leave echo, logprobs or the guide out",
+                    "echo",
+                )
+    text = request.prompt.text
+    if text is None:
+        text = known.tokenizer.decode(tokens, skip_special_tokens=not request.shows_special)
+    return Echo(text=text, tokens=tokens, is_scored=request.scoring is not None)
 
 
 def _weight(request: Generation, name: str, lease: Lease) -> float:
@@ -230,14 +322,14 @@ def _max_tokens(request: Generation, leases: Mapping[str, Lease]) -> int:
     """How many tokens the answer may have.
 
     Raises:
-        InvalidRequest: prompt and answer would not fit into a model's context.
+        ContextExceeded: prompt and answer would not fit into a model's context.
     """
     room = {name: lease.max_context - len(lease.prompt_tokens) for name, lease in leases.items()}
     if request.max_tokens is None:
         return min(room.values())
     for name, lease in leases.items():
         if request.max_tokens > room[name]:
-            raise InvalidRequest(
+            raise ContextExceeded(
                 f"max_tokens: {len(lease.prompt_tokens)} prompt tokens and {request.max_tokens} new ones are more than "
                 f"the context limit of {name!r}, {lease.max_context} tokens; ask for at most {room[name]}",
                 "max_tokens",

@@ -5,14 +5,16 @@ import logging
 import time
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 from actors.coordinator.figures import Figures
-from actors.coordinator.outputs import logits_by_voice
+from actors.coordinator.outputs import logits_by_voice, logits_of
 from actors.coordinator.plan import Message, Part, plan_step
 from actors.coordinator.sequence import LiveSequence
 from actors.guidance import Guidance, drawing
+from actors.guidance.scoring import RowScores, score
 from actors.settings import Limits
-from cluster.errors import DeadlineExceeded, EngineError, Preempted, ReplicaLost, TrimtabError
+from cluster.errors import DeadlineExceeded, EngineError, InvalidRequest, Preempted, ReplicaLost, TrimtabError
 from cluster.exchange import Failure, Rows
 
 PATIENCE_S = 0.25
@@ -22,6 +24,15 @@ PARTS = ("plan", "models", "merge_and_draw", "commit")
 """Of a step, in their order, as figures name them; text is made while the models compute."""
 
 logger = logging.getLogger(__name__)
+
+
+class Drawn(NamedTuple):
+    """What a step yields for one sequence."""
+
+    token: int | None
+    """None where the merged logits hold a NaN, or no finite best."""
+
+    scores: RowScores | None = None
 
 
 class Lane:
@@ -94,11 +105,12 @@ class Lane:
         self._write()
         await self._gather(flights)
         times_s.append(time.perf_counter())
-        ready = [sequence for sequence in self._sequences if sequence.can_draw]
+        await self._read_prompts()
+        ready = [sequence for sequence in self._sequences if sequence.can_draw and not sequence.is_reading]
         if ready:
-            tokens = await asyncio.to_thread(merge_and_draw, ready)
+            drawn = await asyncio.to_thread(merge_and_draw, ready)
             times_s.append(time.perf_counter())
-            self._commit(ready, tokens)
+            self._commit(ready, drawn)
         self._release_rows()
         if ready:
             times_s.append(time.perf_counter())
@@ -150,9 +162,12 @@ class Lane:
         self._landed.append(rows)
         failures = {failure.sequence: failure for failure in rows.failures}
         completed = [part for part in parts if part.seat.key not in failures]
-        for part, row in zip(completed, rows.tensor, strict=True):
+        start = 0
+        for part in completed:
             if part.is_current:
-                part.voice.row = row
+                reads = part.sequence.is_reading
+                part.voice.row = rows.tensor[start : start + part.num_rows] if reads else rows.tensor[start]
+            start += part.num_rows
         for part in parts:
             failure = failures.get(part.seat.key)
             if failure is not None and part.is_current:
@@ -191,13 +206,20 @@ class Lane:
             await asyncio.wait({arrival, *self._flights}, return_when=asyncio.FIRST_COMPLETED)
             arrival.cancel()
 
-    def _commit(self, sequences: Sequence[LiveSequence], tokens: Sequence[int | None]) -> None:
-        for sequence, token in zip(sequences, tokens, strict=True):
+    async def _read_prompts(self) -> None:
+        """Take what rows say of prompts that are told of."""
+        reading = [sequence for sequence in self._sequences if sequence.is_reading and sequence.can_draw]
+        if reading:
+            for sequence, scores in zip(reading, await asyncio.to_thread(score_prompts, reading), strict=True):
+                if sequence.can_draw:
+                    sequence.read_on(scores)
+
+    def _commit(self, sequences: Sequence[LiveSequence], drawn: Sequence[Drawn]) -> None:
+        for sequence, (token, scores) in zip(sequences, drawn, strict=True):
             if token is None:
-                names = ", ".join(voice.name for voice in sequence.voices)
-                sequence.fail(EngineError(f"the merged logits of {names} are not finite; use a wider dtype"))
+                sequence.fail(_no_token(sequence))
             elif sequence.can_draw:
-                sequence.commit(token)
+                sequence.commit(token, scores)
                 self._unwritten.append(sequence)
         self._sequences = [sequence for sequence in self._sequences if sequence.is_live]
         if not self._sequences:
@@ -215,19 +237,56 @@ class Lane:
             self._landed.clear()
 
 
-def merge_and_draw(sequences: Sequence[LiveSequence]) -> list[int | None]:
-    """Return the next token of each sequence, from the rows of all its voices; None where they hold NaN or no best."""
+def _no_token(sequence: LiveSequence) -> TrimtabError:
+    """Why nothing could be drawn."""
+    names = ", ".join(voice.name for voice in sequence.voices)
+    if sequence.shaper is not None and sequence.shaper.is_masked:
+        return InvalidRequest(
+            f"no token of {names} goes on in the form that was asked for; ask for another one", "response_format"
+        )
+    return EngineError(f"the merged logits of {names} are not finite; use a wider dtype")
+
+
+def score_prompts(sequences: Sequence[LiveSequence]) -> list[list[RowScores]]:
+    """Return what each sequence's rows say of the next tokens of its prompt."""
+    return [_score_prompt(sequence) for sequence in sequences]
+
+
+def _score_prompt(sequence: LiveSequence) -> list[RowScores]:
+    echo, scoring = sequence.echo, sequence.scoring
+    assert echo is not None
+    assert scoring is not None
+    first = 1 + len(echo.scores)
+    base, *guides = (logits_of(voice) for voice in sequence.voices)
+    gaps = sequence.spelled.guidance() if sequence.spelled else []
+    scores = []
+    for i, token in enumerate(echo.tokens[first : first + len(base)]):
+        row = sequence.spelled.cut(base[i]) if sequence.spelled else base[i]
+        guidance = [Guidance(voice.weight, rows[i]) for voice, rows in zip(sequence.voices[1:], guides, strict=True)]
+        scores.append(score(row, guidance, gaps, token, scoring))
+    return scores
+
+
+def merge_and_draw(sequences: Sequence[LiveSequence]) -> list[Drawn]:
+    """Return the next token of each sequence, from the rows of all its voices."""
     logits = logits_by_voice(voice for sequence in sequences for voice in sequence.voices)
     rows, guidance = [], []
     for sequence in sequences:
         row = logits[sequence.voices[0]]
-        guides = [Guidance(voice.weight, logits[voice]) for voice in sequence.voices[1:]]
         rows.append(sequence.spelled.cut(row) if sequence.spelled else row)
-        guidance.append([*guides, *sequence.spelled.guidance()] if sequence.spelled else guides)
-    return drawing.merge_and_draw(
+        guidance.append([Guidance(voice.weight, logits[voice]) for voice in sequence.voices[1:]])
+    gaps = [sequence.spelled.guidance() if sequence.spelled else [] for sequence in sequences]
+    tokens = drawing.merge_and_draw(
         rows,
-        guidance,
+        [[*guides, *gap] for guides, gap in zip(guidance, gaps, strict=True)],
         [sequence.sampling for sequence in sequences],
         [len(sequence.output) for sequence in sequences],
-        [0] * len(sequences),
+        [sequence.sample for sequence in sequences],
+        [sequence.shaper for sequence in sequences],
     )
+    return [
+        Drawn(token)
+        if sequence.scoring is None or token is None
+        else Drawn(token, score(row, guides, gap, token, sequence.scoring))
+        for sequence, row, guides, gap, token in zip(sequences, rows, guidance, gaps, tokens, strict=True)
+    ]

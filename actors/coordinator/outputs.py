@@ -57,6 +57,13 @@ def _fetch(lease: Lease) -> OutputFunction:
     return function
 
 
+def logits_of(voice: Voice) -> Tensor:
+    """Return a voice's logits [..., V], of however many rows it has."""
+    assert voice.row is not None
+    assert voice.seat is not None
+    return voice.row if voice.seat.output is None else voice.seat.output(voice.row)
+
+
 def logits_by_voice(voices: Iterable[Voice]) -> dict[Voice, Tensor]:
     """Return each voice's logits [V]: its row, or what its output function makes of it.
 

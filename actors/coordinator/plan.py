@@ -17,15 +17,21 @@ class Part:
     seat: Seat
     """The voice's, when the step was planned."""
 
+    num_rows: int = 1
+    """Rows that come back: those after the last tokens."""
+
     @property
     def is_current(self) -> bool:
         """Whether the answer still concerns the voice: it has not moved meanwhile."""
         return self.voice.seat is self.seat
 
     def work(self) -> Work:
-        """The step message's item for it: all tokens that its replica lacks, and the row after the last of them."""
+        """The step message's item for it: all tokens that its replica lacks, and the row after the last of them, or
+        those after the last ones.
+        """
         tokens = self.voice.tokens[self.voice.num_sent :]
-        return Work(self.seat.key, self.voice.num_sent, tokens, rows=(len(tokens) - 1,))
+        rows = tuple(range(len(tokens) - self.num_rows, len(tokens)))
+        return Work(self.seat.key, self.voice.num_sent, tokens, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,7 @@ def plan_step(sequences: Iterable[LiveSequence]) -> list[Message]:
             seat = voice.seat
             if not sequence.is_live or seat is None or voice.in_flight or voice.num_pending == 0:
                 continue
-            part = Part(sequence, voice, seat)
+            part = Part(sequence, voice, seat, sequence.num_rows)
             if voice.num_pending > 1:
                 prompts.append(Message(seat.replica, [part], is_prompt=True))
             else:

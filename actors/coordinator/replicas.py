@@ -17,7 +17,7 @@ from actors.coordinator.sequence import Seat
 from actors.leases import Lease, LeaseRequest, Refusal
 from actors.prompts import Prompt
 from actors.settings import NO_GUIDANCE
-from cluster.errors import InvalidRequest, ReplicaLost, in_brief
+from cluster.errors import ReplicaLost, in_brief
 from cluster.exchange import StepStream, Transport
 from cluster.tls import Tls
 
@@ -116,7 +116,8 @@ class Replicas:
         except (RayError, RayServeException, StopAsyncIteration) as error:
             raise ReplicaLost(f"no replica of {name} can be had: {in_brief(error)}") from error
         if isinstance(grant, Refusal):
-            raise InvalidRequest(f"{grant.message} ({name})" if name != NO_GUIDANCE else grant.message, grant.field)
+            refused = grant.error
+            raise type(refused)(f"{refused} ({name})" if name != NO_GUIDANCE else str(refused), refused.field)
         return grant
 
     async def _stream(self, lease: Lease) -> StepStream:

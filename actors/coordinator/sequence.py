@@ -9,10 +9,14 @@ from torch import Tensor
 
 from actors.api import FinishReason as FinishReason
 from actors.api import Piece as Piece
-from actors.api import Resume, Sampling, Usage
+from actors.api import PromptPiece, Resume, Sampling, Scores, Scoring, TokenScore, Usage
+from actors.coordinator.echo import Echo
+from actors.coordinator.spelling import Spelling
 from actors.coordinator.text import TextWriter
 from actors.guidance import Spelled
 from actors.guidance.lm_head import OutputFunction
+from actors.guidance.scoring import RowScores
+from actors.guidance.shaping import Shaper
 from cluster.errors import ReplicaLost, TrimtabError
 from cluster.exchange import Rows, Work
 
@@ -62,7 +66,8 @@ class Voice:
     """Whether a step of this voice is on its way."""
 
     row: Tensor | None = None
-    """The replica's row for the next token, once it holds all tokens: logits, or what `Seat.output` makes logits of."""
+    """The replica's row for the next token, once it holds all tokens: logits, or what `Seat.output` makes logits of.
+    Several rows, of its last tokens, while the sequence reads its prompt."""
 
     @property
     def num_pending(self) -> int:
@@ -93,23 +98,60 @@ class LiveSequence:
     max_tokens: int
     end_tokens: Collection[int]
     writer: TextWriter
+    sample: int = 0
+    """Its index among the answers to one request."""
+
     spelled: Spelled | None = None
     """The base's tokens; without them every column of its logits may be drawn."""
+
+    shaper: Shaper | None = None
+    """What changes its logits, if anything does."""
+
+    scoring: Scoring | None = None
+    """Which log probabilities its reader wants to see, if any."""
+
+    spelling: Spelling | None = None
+    """Of the base's tokens, where there is `scoring`."""
+
+    echo: Echo | None = None
+    """What is told of the prompt, if anything is."""
+
+    writes_end: bool = False
+    """Whether the token that ends the output is text, as far as it is any."""
 
     on_loss: Callable[[Voice, TrimtabError], None] | None = None
     """Finds a voice that has lost its replica another seat; without it the sequence fails."""
 
     output: list[int] = field(default_factory=list)
+    scores: list[RowScores | None] = field(default_factory=list)
+    """Of the output's tokens, with `scoring`; none of those that came from elsewhere."""
+
     finish_reason: FinishReason | None = None
     error: BaseException | None = None
-    _num_prompt_tokens: int = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    """In the base's tokens."""
+
+    num_rows: int = 1
+    """Rows that each voice gives next: of its last tokens."""
+
+    is_reading: bool = False
+    """Whether the rows are wanted for the prompt's scores, and not for a draw."""
+
     _num_written: int = 0
     _num_read: int = 0
     _text: list[str] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self._num_prompt_tokens = len(self.voices[0].tokens)
+        self.num_prompt_tokens = len(self.voices[0].tokens)
+        if self.echo is not None and self.echo.is_scored:
+            chunk = self.echo.next_chunk()
+            self.num_rows = len(chunk)
+            for voice in self.voices:
+                voice.tokens = list(chunk)
+            self.is_reading = True
+        elif self.max_tokens == 0:
+            self.finish_reason = "length"
 
     @property
     def is_live(self) -> bool:
@@ -136,6 +178,21 @@ class LiveSequence:
         self._text = [text[resume.num_chars :]] if len(text) > resume.num_chars else []
         self._num_read = self._num_written
 
+    def read_on(self, scores: Sequence[RowScores]) -> None:
+        """Take the scores that the rows gave, and send for more of the prompt, or begin to write."""
+        assert self.echo is not None
+        self.echo.scores += scores
+        chunk = self.echo.next_chunk()
+        for voice in self.voices:
+            assert voice.row is not None
+            voice.tokens += chunk
+            voice.row = None if chunk else voice.row[-1]
+        self.num_rows = len(chunk) or 1
+        self.is_reading = bool(chunk)
+        if not chunk and self.max_tokens == 0:
+            self.finish_reason = "length"
+            self._news.set()
+
     def lose(self, voice: Voice, error: TrimtabError) -> None:
         """Note that a voice's replica does not hold it any more."""
         if not self.is_live:
@@ -146,11 +203,14 @@ class LiveSequence:
         else:
             self.on_loss(voice, error)
 
-    def commit(self, token: int) -> None:
+    def commit(self, token: int, scores: RowScores | None = None) -> None:
         """Append a drawn token everywhere; end at an end token or at the last that was asked for."""
         self.output.append(token)
+        self.scores.append(scores)
         for voice in self.voices:
             voice.append(token)
+        if self.shaper is not None:
+            self.shaper.append(token)
         if token in self.end_tokens:
             self.finish_reason = "stop"
         elif len(self.output) >= self.max_tokens:
@@ -162,12 +222,13 @@ class LiveSequence:
             return
         for token in self.output[self._num_written :]:
             self._num_written += 1
-            if token not in self.end_tokens:
+            if self.writes_end or token not in self.end_tokens:
                 self._put(self.writer.append(token))
             if self.writer.is_stopped:
                 self.finish_reason = "stop"
                 # A step may have run ahead of the text; what it drew is not part of the answer.
                 del self.output[self._num_written :]
+                del self.scores[self._num_written :]
                 break
         if self.finish_reason is not None:
             self._put(self.writer.finish())
@@ -199,15 +260,43 @@ class LiveSequence:
             token_ids=self.output[self._num_read : self._num_written],
             finish_reason=self.finish_reason if self._is_written_out else None,
             usage=Usage(
-                prompt_tokens=self._num_prompt_tokens,
+                prompt_tokens=self.num_prompt_tokens,
                 completion_tokens=self._num_written,
-                total_tokens=self._num_prompt_tokens + self._num_written,
+                total_tokens=self.num_prompt_tokens + self._num_written,
             ),
             seed=self.sampling.seed,
         )
+        if self.scoring is not None:
+            piece["scores"] = [self._spelled(scores) for scores in self.scores[self._num_read : self._num_written]]
+        if self.echo is not None:
+            scores = [self._spelled(row) for row in self.echo.scores]
+            first = [self._unscored(self.echo.tokens[0])] if self.echo.is_scored else []
+            piece["prompt_echo"] = PromptPiece(text=self.echo.text, scores=[*first, *scores])
+            self.echo = None
         self._num_read = self._num_written
         self._text.clear()
         return piece
+
+    def _unscored(self, token: int) -> Scores:
+        """A token that nothing comes before."""
+        assert self.spelling is not None
+        text, spelled = self.spelling.spell(token)
+        return Scores(drawn=TokenScore(token=token, text=text, bytes=list(spelled), logprob=None), top=[])
+
+    def _spelled(self, row: RowScores | None) -> Scores:
+        """A token's scores as the reader gets them."""
+        assert row is not None
+        assert self.spelling is not None
+        tokens: list[TokenScore] = []
+        for i, (token, logprob) in enumerate(zip(row.tokens, row.logprobs, strict=True)):
+            text, spelled = self.spelling.spell(token)
+            tokens.append(TokenScore(token=token, text=text, bytes=list(spelled), logprob=logprob))
+            if row.own is not None:
+                tokens[-1]["voices"] = {voice.name: own[i] for voice, own in zip(self.voices, row.own, strict=True)}
+        scores = Scores(drawn=tokens[0], top=tokens[1:])
+        if row.own is not None:
+            scores["log_z"] = row.log_z
+        return scores
 
     @property
     def _is_written_out(self) -> bool:

@@ -36,8 +36,8 @@ class Tenancy:
 
     Two sequences so never wait for each other. A sequence that loses a guide first tries to get another place on it
     while it holds the rest, for a moment only; if that fails, or if it was the base, it gives everything back and
-    begins again in the same order, and its replicas' caches of prompts make that cheap. What waits for a model of which
-    no replica runs holds no place on any other.
+    begins again in the same order, and its replicas' caches of prompts make that cheap. What waits for a guide of which
+    no replica runs holds no place on any other, and goes on asking for one there: Serve starts what is asked for.
     """
 
     def __init__(
@@ -161,17 +161,31 @@ class Tenancy:
 
     async def _look(self, name: str) -> None:
         """Raise if a place is not to be waited for as things are."""
-        is_unwaited = name != NO_GUIDANCE and not self._waits_for_guides
+        if name == NO_GUIDANCE:
+            # Whoever could use the places that are held meanwhile needs the base too.
+            return
+        is_unwaited = not self._waits_for_guides
         if (is_unwaited or self.places) and not await self._is_there(name):
             if is_unwaited:
                 raise ReplicaLost(f"{_title(name)} is not there, and limits.on_guide_loss is fail")
             raise _Gone
 
     async def _until_there(self, name: str) -> None:
-        while True:
-            if await self._is_there(name):
-                return
-            await asyncio.sleep(LOOK_S)
+        """Wait for a model, and ask for a place all the while.
+
+        Raises:
+            InvalidRequest: the model cannot take the prompt.
+        """
+        asking = asyncio.create_task(self._persist(name))
+        try:
+            while not (asking.done() or await self._is_there(name)):
+                await asyncio.wait({asking}, timeout=LOOK_S)
+            if asking.done():
+                asking.result()
+        finally:
+            # The places are taken in their order.
+            asking.cancel()
+            asking.add_done_callback(_end_place)
 
     def _check(self, name: str, lease: Lease) -> None:
         """Raise `ReplicaLost` unless a lease is on the model that the sequence began with, if it has begun."""

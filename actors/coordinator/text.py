@@ -26,14 +26,36 @@ class TextWriter:
     """Detokenises one answer as it grows.
 
     Text that may yet turn out to be the beginning of a stop string is held back until it cannot. Special tokens are no
-    text, but a stop string may name them.
+    text unless they are asked for, but a stop string may name them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        includes_stop: bool = False,
+        shows_special: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        """Begin behind a prompt.
+
+        Args:
+            tokenizer: the base's.
+            prompt: in its tokens.
+            stop: texts that end the answer.
+            includes_stop: whether the text that ends it is part of it.
+            shows_special: whether the names of special tokens are text.
+            min_tokens: the answer's, before which no text ends it.
+        """
         self.is_stopped = False
         self._tokenizer = tokenizer
         self._stop = stop
-        self._special, self._byte_of = _special_tokens(tokenizer), _byte_tokens(tokenizer)
+        self._includes_stop = includes_stop
+        self._shows_special = shows_special
+        self._num_until_stop = min_tokens
+        self._special, self._byte_of = special_tokens(tokenizer), byte_tokens(tokenizer)
         self._special_stop = [text for text in stop if any(name in text for name in self._special.values())]
         # Text tokens alone: a decoder that drops the space before a first word drops it after a special token too.
         self._tokens = self._context(prompt)
@@ -52,6 +74,7 @@ class TextWriter:
         """Take the next token and return the text that is certain because of it, often none."""
         if self.is_stopped:
             return ""
+        self._num_until_stop -= 1
         byte = self._byte_of.get(token)
         if byte is not None:
             return self._release(self._rest() + self._bytes.decode(byte))
@@ -60,6 +83,8 @@ class TextWriter:
         if name is None:
             self._tokens.append(token)
             return self._release(before + self._certain())
+        if self._shows_special:
+            return self._release(before + name)
         written = self._release(before)
         if self._stop and not self.is_stopped:
             self._hidden += range(len(self._held), len(self._held) + len(name))
@@ -117,11 +142,12 @@ class TextWriter:
         if self._hidden:
             places = [place for place in places if place not in self._hidden]
             shown = "".join(self._held[place] for place in places)
-        found = [places[at] for stop in self._stop if (at := shown.find(stop)) >= 0]
-        found += [at for stop in self._special_stop if (at := self._held.find(stop)) >= 0]
-        if found:
+        found = [(places[at], stop) for stop in self._stop if (at := shown.find(stop)) >= 0]
+        found += [(at, stop) for stop in self._special_stop if (at := self._held.find(stop)) >= 0]
+        if found and self._num_until_stop <= 0:
             self.is_stopped = True
-            written = self._take(min(found))
+            first, stop = min(found)
+            written = self._take(first) + (stop if self._includes_stop else "")
             self._held = ""
             return written
         begins = [places[-length] for stop in self._stop if (length := _overlap(shown, stop))]
@@ -138,14 +164,14 @@ class TextWriter:
 
 
 @lru_cache(maxsize=8)
-def _special_tokens(tokenizer: Tokenizer) -> Mapping[int, str]:
-    """The names of special tokens, by id."""
+def special_tokens(tokenizer: Tokenizer) -> Mapping[int, str]:
+    """Return the names of special tokens, by id."""
     return {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
 
 @lru_cache(maxsize=8)
-def _byte_tokens(tokenizer: Tokenizer) -> Mapping[int, bytes]:
-    """What the tokens stand for that stand for one byte, by id, if the tokenizer has them and decodes them so."""
+def byte_tokens(tokenizer: Tokenizer) -> Mapping[int, bytes]:
+    """Return what tokens stand for that stand for one byte, by id, if the tokenizer has them and decodes them so."""
     names = {byte: f"<0x{byte:02X}>" for byte in range(256)}
     numbers = {byte: tokenizer.token_to_id(name) for byte, name in names.items()}
     return {

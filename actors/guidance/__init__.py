@@ -1,6 +1,8 @@
 """The mathematics of guided generation, on plain tensors.
 
     merge        z = base logits + sum of weight * guide logits
+    grammar      which tokens may come next
+    shaping      penalties, biases and a least length, before temperature
     sampling     temperature, top-k, top-p and min-p
     noise        counter-based noise: the same seed and position give the same draw anywhere
     drawing      all of it for a step's rows, as the coordinator runs it: compiled

@@ -16,6 +16,7 @@ from actors.api import Sampling
 from actors.guidance.filters import filter_floor
 from actors.guidance.kernels import NOTHING, Floats, add_guide, find_best, race
 from actors.guidance.merge import Guidance
+from actors.guidance.shaping import Shaper
 
 _MASK = 2**32 - 1
 
@@ -29,6 +30,7 @@ def merge_and_draw(
     samplings: Sequence[Sampling],
     positions: Sequence[int],
     samples: Sequence[int],
+    shapers: Sequence[Shaper | None] | None = None,
 ) -> list[int | None]:
     """Return one token per row; None where the merged logits hold a NaN or their best is not finite.
 
@@ -42,9 +44,13 @@ def merge_and_draw(
         samplings: each row's settings.
         positions: each row's position in its output.
         samples: each row's sample index within its request.
+        shapers: what changes each row's logits, if anything does.
     """
-    rows = zip(base, guidance, samplings, positions, samples, strict=True)
-    return [_draw(_merged(row, guides), sampling, position, sample) for row, guides, sampling, position, sample in rows]
+    rows = zip(base, guidance, samplings, positions, samples, shapers or [None] * len(base), strict=True)
+    return [
+        _draw(merged(row, guides, shaper), sampling, position, sample)
+        for row, guides, sampling, position, sample, shaper in rows
+    ]
 
 
 def warm_up() -> None:
@@ -53,14 +59,18 @@ def warm_up() -> None:
     merge_and_draw([row], [[Guidance(1.0, row)]], [Sampling(top_k=4, top_p=0.9, min_p=0.1)], [0], [0])
 
 
-def _merged(base: Tensor, guides: Sequence[Guidance]) -> Floats:
-    """A row's guided logits, float32 [V]: the base's own memory, or with guides that which the next row takes."""
-    z_V = _floats(base)
-    if guides:
+def merged(base: Tensor, guides: Sequence[Guidance], shaper: Shaper | None = None) -> Floats:
+    """Return what a row draws from, float32 [V]: the base's own memory, or, changed, that which the next row takes."""
+    z_V = floats(base)
+    if guides or shaper is not None:
         base_V, z_V = z_V, _room(len(z_V))
         z_V[:] = base_V
-        for weight, logits_U in guides:
-            add_guide(z_V, _floats(logits_U), float(weight))
+    if shaper is not None:
+        shaper.shape_base(z_V)
+    for weight, logits_U in guides:
+        add_guide(z_V, floats(logits_U), float(weight))
+    if shaper is not None:
+        shaper.shape_merged(z_V)
     return z_V
 
 
@@ -79,7 +89,7 @@ def _draw(z_V: Floats, sampling: Sampling, position: int, sample: int) -> int | 
     if sampling.is_greedy:
         return 4 * best_block + int(z_V[4 * best_block : 4 * best_block + 4].argmax())
     temperature = float(sampling.temperature)
-    floor = filter_floor(
+    floor, end = filter_floor(
         z_V,
         maxima,
         float(maxima[best_block]),
@@ -89,10 +99,10 @@ def _draw(z_V: Floats, sampling: Sampling, position: int, sample: int) -> int | 
         float(sampling.min_p),
     )
     key = sampling.seed & _MASK, sampling.seed >> 32 & _MASK
-    return race(z_V, maxima, best_block, temperature, floor, key, position, sample)
+    return race(z_V, maxima, best_block, temperature, floor, end, key, position, sample)
 
 
-def _floats(row: Tensor) -> Floats:
-    """The row's own memory, if it is contiguous float32."""
-    floats: Floats = row.detach().to("cpu", torch.float32).contiguous().numpy()
-    return floats
+def floats(row: Tensor) -> Floats:
+    """Return the row's own memory, if it is contiguous float32, else a copy that is."""
+    array: Floats = row.detach().to("cpu", torch.float32).contiguous().numpy()
+    return array

@@ -1,4 +1,5 @@
-"""Compiled filters of one row: top-k, top-p and min-p keep all scores from one floor on, which is found without a sort.
+"""Compiled filters of one row: top-k, top-p and min-p keep all scores above a floor, and at the floor the tokens
+before an end. Both are found without a sort.
 
 A row is float32 [V], its best logit finite; a token's score is (z - max z) / T in float64, as in `kernels`. Calls
 nothing of `kernels`, whose changes its cache would not see (see `actors.jit`). No index is checked in compiled code.
@@ -31,22 +32,52 @@ _INVERSE_FACTORIALS = tuple(1 / math.factorial(n) for n in range(14))
 @compiled
 def filter_floor(
     z: Floats, maxima: Floats, best: float, temperature: float, top_k: int, top_p: float, min_p: float
-) -> float:
-    """Return the least score that top-k, then top-p, then min-p keep.
+) -> tuple[float, int]:
+    """Return the least score that top-k, then top-p, then min-p keep, and the end of the tokens kept that have it.
 
     `maxima` are the largest logits of each four, and `best` the largest of all. `reference` cuts by the same rules.
     """
-    floor = -np.inf
+    floor, num_ties = -np.inf, len(z)
     kept = z
     if 0 < top_k < len(z):
         floor = (np.float64(kth_largest(z, maxima, best, temperature, top_k)) - best) / temperature
-        if top_p < 1:
-            kept = gather(z, maxima, best, temperature, floor)
+        kept, num_ties = drop_ties(gather(z, maxima, best, temperature, floor), best, temperature, floor, top_k)
     if top_p < 1:
-        floor = nucleus_floor(kept, best, temperature, top_p)
-    if min_p > 0:
-        floor = max(floor, math.log(min_p))
-    return floor
+        floor, num_ties = nucleus_floor(kept, best, temperature, top_p)
+    if min_p > 0 and math.log(min_p) > floor:
+        floor, num_ties = math.log(min_p), len(z)
+    return floor, end_of_ties(z, maxima, best, temperature, floor, num_ties)
+
+
+@compiled
+def drop_ties(logits: Floats, best: float, temperature: float, floor: float, k: int) -> tuple[Floats, int]:
+    """Return k of logits none of which is below the floor, and how many of those at the floor are among them."""
+    num_above = 0
+    for i in range(len(logits)):
+        num_above += int((np.float64(logits[i]) - best) / temperature > floor)
+    kept = np.empty(k, np.float32)
+    num_kept, num_ties = 0, k - num_above
+    num_left = num_ties
+    for i in range(len(logits)):
+        is_above = (np.float64(logits[i]) - best) / temperature > floor
+        if is_above or num_left > 0:
+            kept[num_kept] = logits[i]
+            num_kept += 1
+            num_left -= not is_above
+    return kept, num_ties
+
+
+@compiled
+def end_of_ties(z: Floats, maxima: Floats, best: float, temperature: float, floor: float, num_ties: int) -> int:
+    """Return the token after the first `num_ties` of those that have exactly this score."""
+    if num_ties < len(z):
+        for b in range(len(maxima)):
+            if (np.float64(maxima[b]) - best) / temperature >= floor:
+                for v in range(4 * b, min(4 * b + 4, len(z))):
+                    num_ties -= (np.float64(z[v]) - best) / temperature == floor
+                    if num_ties == 0:
+                        return v + 1
+    return len(z)
 
 
 @compiled
@@ -95,8 +126,8 @@ def select_largest(values: Floats, k: int) -> np.float32:
 
 
 @compiled
-def nucleus_floor(z: Floats, best: float, temperature: float, top_p: float) -> float:
-    """Return the score of the last token that the nucleus of these logits needs.
+def nucleus_floor(z: Floats, best: float, temperature: float, top_p: float) -> tuple[float, int]:
+    """Return the score of the last token that the nucleus of these logits needs, and how many with it are needed.
 
     A histogram of mass by score shows in which bin that token is, and only this bin is sorted. Tokens of probability
     below (1 - p) / V are never needed, so the bins cover the scores above that, and one more all the others.
@@ -120,13 +151,30 @@ def nucleus_floor(z: Floats, best: float, temperature: float, top_p: float) -> f
         mass += mass_by_bin[last]
         last += 1
     members = np.sort(z[bins == last])[::-1]
-    score = 0.0
+    floor, num_ties = 0.0, 0
     for member in members:
         if mass >= wanted:
             break
         score = (np.float64(member) - best) / temperature
+        num_ties = num_ties + 1 if score == floor else 1
+        floor = score
         mass += math.exp(score)
-    return score
+    return floor, num_ties
+
+
+@compiled
+def log_sum_exp(z: Floats, best: float) -> float:
+    """Return log sum_v e^z_v of a row whose largest logit is `best`."""
+    scores, powers = np.empty(LANES), np.empty(LANES)
+    total = 0.0
+    for start in range(0, len(z), LANES):
+        num_tokens = min(LANES, len(z) - start)
+        for i in range(num_tokens):
+            scores[i] = np.float64(z[start + i]) - best
+        exponentials(scores[:num_tokens], powers)
+        for i in range(num_tokens):
+            total += powers[i]
+    return best + math.log(total)
 
 
 @compiled

@@ -83,11 +83,15 @@ def race(
     best_block: int,
     temperature: float,
     floor: float,
+    end: int,
     key: tuple[int, int],
     position: int,
     sample: int,
 ) -> int:
-    """Return argmax_v(score + g_v) over the scores >= floor; words only for blocks that can still win."""
+    """Return argmax_v(score + g_v) over the scores > floor, and those at it of the tokens before the end.
+
+    Words only for blocks that can still win.
+    """
     best = np.float64(maxima[best_block])
     blocks, heads, words = np.empty(LANES, np.int64), np.empty(LANES, np.float32), np.empty((4, LANES), np.uint64)
     # The best block runs alone and first: its noisy score is a good bar for the others.
@@ -96,7 +100,7 @@ def race(
     next_block = 0
     while num_blocks > 0:
         philox(blocks[:num_blocks], position, sample, 0, key, words)
-        bar, winner = run_heat(z, blocks[:num_blocks], heads, words, best, temperature, floor, bar, winner)
+        bar, winner = run_heat(z, blocks[:num_blocks], heads, words, best, temperature, floor, end, bar, winner)
         needed = least_logit(best, temperature, max(floor, bar - REACH))
         num_blocks = 0
         while next_block < len(maxima) and num_blocks < LANES:
@@ -122,6 +126,7 @@ def run_heat(
     best: float,
     temperature: float,
     floor: float,
+    end: int,
     bar: float,
     winner: int,
 ) -> tuple[float, int]:
@@ -142,7 +147,7 @@ def run_heat(
         if can_win[i]:
             for token in range(4 * blocks[i], min(4 * blocks[i] + 4, len(z))):
                 score = (np.float64(z[token]) - best) / temperature
-                if score >= floor:
+                if score > floor or (score == floor and token < end):
                     score += gumbel(words[token % 4, i])
                     if score > bar or (score == bar and token < winner):
                         bar, winner = score, token

@@ -25,11 +25,20 @@ class Spelled:
 
     def __init__(self, tokens: Collection[int]) -> None:
         """Take the ids of all tokens, at least one."""
+        self._tokens = frozenset(tokens)
         self._num_columns = max(tokens) + 1
         self._gaps: Tensor | None = None
-        if len(set(tokens)) < self._num_columns:
+        if len(self._tokens) < self._num_columns:
             self._gaps = torch.full((self._num_columns,), -torch.inf)
-            self._gaps[torch.tensor(sorted(set(tokens)))] = 0.0
+            self._gaps[torch.tensor(sorted(self._tokens))] = 0.0
+
+    def __contains__(self, token: int) -> bool:
+        return token in self._tokens
+
+    @property
+    def num_columns(self) -> int:
+        """Columns up to the last token."""
+        return self._num_columns
 
     def cut(self, row_V: Tensor) -> Tensor:
         """Return a view of a row that ends with the last token."""

@@ -28,19 +28,21 @@ def keep_likely(scores_SV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """
     num_tokens = scores_SV.shape[-1]
     for scores_V, sampling in zip(scores_SV, samplings, strict=True):
+        # The likeliest first, and those that tie as a greedy draw takes them.
+        ordered_V, order_V = scores_V.sort(descending=True, stable=True)
         if 0 < sampling.top_k < num_tokens:
-            smallest = scores_V.topk(sampling.top_k).values[-1]
-            scores_V[scores_V < smallest] = -torch.inf
+            ordered_V[sampling.top_k :] = -torch.inf
         if sampling.top_p < 1:
-            scores_V[scores_V < _nucleus_floor(scores_V, sampling.top_p)] = -torch.inf
+            ordered_V[_nucleus_size(ordered_V, sampling.top_p) :] = -torch.inf
         if sampling.min_p > 0:
-            scores_V[scores_V < math.log(sampling.min_p)] = -torch.inf
+            ordered_V[ordered_V < math.log(sampling.min_p)] = -torch.inf
+        scores_V[order_V] = ordered_V
     return scores_SV
 
 
-def _nucleus_floor(scores_V: Tensor, top_p: float) -> Tensor:
-    """The score of the last token that the nucleus needs to hold a probability of `top_p`."""
-    ordered_V = scores_V.sort(descending=True).values
-    before_V = ordered_V.softmax(dim=-1).cumsum(dim=-1).roll(1)
+def _nucleus_size(ordered_V: Tensor, top_p: float) -> int:
+    """How many tokens, the likeliest first, the nucleus needs to hold a probability of `top_p`."""
+    masses_V = ordered_V.exp().cumsum(dim=-1)
+    before_V = masses_V.roll(1)
     before_V[0] = 0
-    return ordered_V[(before_V < top_p).sum() - 1]
+    return int((before_V < top_p * masses_V[-1]).sum())

@@ -26,6 +26,10 @@ class BaseModel:
             async for item in items:
                 yield item
 
+    async def max_context(self) -> int:
+        """Return how many tokens a sequence may have, prompt and answer together."""
+        return self._server.engine.max_context
+
     async def check_health(self) -> None:
         """Raise if steps are no longer run, so that Serve replaces the replica."""
         self._server.report()

@@ -26,7 +26,15 @@ from actors.replica.ranks import Ranks, load_engine
 from actors.replica.turns import Turns
 from actors.settings import BaseModelSettings
 from actors.telemetry import Telemetry
-from cluster.errors import DeadlineExceeded, EngineError, InvalidRequest, Preempted, ReplicaLost, TrimtabError
+from cluster.errors import (
+    ContextExceeded,
+    DeadlineExceeded,
+    EngineError,
+    InvalidRequest,
+    Preempted,
+    ReplicaLost,
+    TrimtabError,
+)
 from cluster.exchange import Failure, Step, StepRows, StepServer, Work
 from cluster.tls import Tls
 
@@ -138,7 +146,8 @@ class ModelServer:
         else:
             engine = thread.submit(load_engine, settings, rows).result()
         replica = serve.get_replica_context().replica_id.to_full_id_str()
-        encoder = PromptEncoder(tokenizer, settings.prompt_template)
+        encoder = PromptEncoder(tokenizer, settings.prompt_template, split_special_tokens=settings.split_special_tokens)
+        encoder.prepare()
         server = cls(
             engine,
             encoder,
@@ -203,7 +212,7 @@ class ModelServer:
             tokens = self._encoder.encode(request.prompt)
             self._check(tokens, request.prompt.field)
         except InvalidRequest as error:
-            yield Refusal(message=error.message, field=error.field)
+            yield Refusal(error=error)
             return
         key = _key(request.coordinator, request.sequence)
         ended = self._leases[key] = asyncio.Event()
@@ -230,7 +239,7 @@ class ModelServer:
     def _check(self, tokens: Sequence[int], field: str) -> None:
         """Raise `InvalidRequest` if a prompt does not fit into the context, or holds a token that the model lacks."""
         if len(tokens) >= self.engine.max_context:
-            raise InvalidRequest(
+            raise ContextExceeded(
                 f"{field} has {len(tokens)} tokens, but the context limit is {self.engine.max_context} tokens, "
                 "prompt and output together; shorten it",
                 field,

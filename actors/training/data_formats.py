@@ -226,15 +226,26 @@ def _messages(value: list[Any], column: str) -> Messages:
     messages = []
     for number, message in enumerate(value):
         where = f"{column}[{number}]"
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        content = _content(message.get("content"), where) if isinstance(message, dict) else None
+        if content is None:
             raise UnusableRow("messages without a text", f"{where} is {shorten(message)}; it needs role and content")
         if message.get("role") not in ROLES:
             raise UnusableRow(
                 "unknown role", f"{where} has role {shorten(message.get('role'))}, not one of {', '.join(ROLES)}"
             )
-        _check_text(message["content"], where)
-        messages.append({"role": message["role"], "content": message["content"]})
+        _check_text(content, where)
+        messages.append({"role": message["role"], "content": content})
     return messages
+
+
+def _content(value: Any, where: str) -> str | None:
+    """A message's text, in one piece or in parts; none if there is none."""
+    if not isinstance(value, list) or not value:
+        return value if isinstance(value, str) else None
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise UnusableRow("messages with more than text", f"{where} has the part {shorten(part)}")
+    return "".join(part["text"] for part in value)
 
 
 def _split(messages: Messages, column: str) -> tuple[Messages, str]:

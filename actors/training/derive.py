@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from actors.engine.models.loading import load_whole
 from cluster.errors import InvalidConfiguration
@@ -257,6 +258,19 @@ def add_adapter(model: Any, *, rank: int, seed: int, alpha: float | None = None)
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, settings)
+
+
+def adapter_reach(model: Any) -> float:
+    """Return the share of the layers' weights that an adapter on all projections reaches.
+
+    Experts that are one parameter together, and no projections, are out of its reach.
+    """
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    outside = {id(module.weight) for module in (*embeddings, model.get_output_embeddings())}
+    sizes = {id(weight): weight.numel() for weight in model.parameters() if weight.dim() >= 2}
+    projections = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    reached = sum(sizes[weight] for weight in {id(module.weight) for module in projections} - outside)
+    return reached / sum(size for weight, size in sizes.items() if weight not in outside)
 
 
 def save_adapter(adapted: Any, directory: Path) -> None:

@@ -18,6 +18,7 @@ from deploy.jobs.training.run import (
     Job,
     adapter_rank,
     count_layers,
+    describe_adapter,
     describe_data,
     locate,
     response_encoder,
@@ -59,11 +60,12 @@ def prepare(options: Options) -> Job:
     data = describe_data(texts, encoder.report)
     if not examples:
         raise InvalidConfiguration(f"--data: no text is left to train on: {'; '.join(data)}")
+    settings = settings_from(model, options, layers, len(examples))
     return Job(
-        settings=settings_from(model, options, layers, len(examples)),
+        settings=settings,
         examples=examples,
         validation=[],
-        data=data,
+        data=[*data, *describe_adapter(settings)],
         digest=texts.digest,
     )
 

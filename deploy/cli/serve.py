@@ -35,7 +35,8 @@ def run(options: Options) -> None:
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
     # Ray reads them when it is imported.
-    from deploy.service.foreground import prepare, read, serve
+    from deploy.service.foreground import prepare, read
+    from deploy.service.foreground import run as serve
 
     try:
         config = read(file)

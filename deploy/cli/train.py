@@ -26,6 +26,7 @@ from deploy.jobs.training.run import (
     UselessGuide,
     adapter_rank,
     count_layers,
+    describe_adapter,
     describe_data,
     locate,
     response_encoder,
@@ -188,11 +189,12 @@ def prepare(options: Options) -> tuple[Job, list[Pair]]:
     data = [*describe_data(pairs, encoder.report), f"{len(kept_back)} of the examples kept back for validation"]
     if not examples:
         raise InvalidConfiguration(f"--data: no pair is left to train on: {'; '.join(data)}")
+    settings = settings_from(model, options, len(examples), base=base, layers=layers)
     job = Job(
-        settings=settings_from(model, options, len(examples), base=base, layers=layers),
+        settings=settings,
         examples=examples,
         validation=kept_back,
-        data=data,
+        data=[*data, *describe_adapter(settings)],
         digest=pairs.digest,
     )
     return job, validation

@@ -1,60 +1,91 @@
 """The HTTP API's bodies: OpenAI's completions and chat completions, and one field more, `guidance`.
 
-Requests hold the fields that are supported and no others, so that nothing is silently ignored.
+Requests hold the fields that are supported and no others, so that nothing is silently ignored. Fields of OpenAI's that
+cannot change a text are taken, and of those that are not supported the values that change nothing; see docs/api.md.
 """
 
-import time
-import uuid
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from actors.api import FinishReason, Piece, Usage
-from actors.coordinator.admission import Caller
-from actors.coordinator.request import ChatMessage, StopStrings, Text
-from actors.settings import ProfileWeight
+from actors.coordinator.fields import Fields, Integer, impossible
+from actors.coordinator.request import (
+    MAX_ANSWERS,
+    MAX_LOGPROBS,
+    ChatMessage,
+    GenerationRequest,
+    TextOptions,
+    TextOrTokens,
+    Weights,
+    choose_seed,
+)
+from actors.settings import Profile
 
 ErrorType = Literal["invalid_request_error", "overloaded_error", "server_error"]
 
+COMPLETION_TOKENS = 16
+"""What /v1/completions writes where nobody says how much, as OpenAI's does."""
 
-class Guidance(BaseModel):
+Prompts = Annotated[
+    list[TextOrTokens],
+    Field(min_length=1, max_length=MAX_ANSWERS),
+    BeforeValidator(lambda prompt: prompt if _is_list_of_prompts(prompt) else [prompt]),
+]
+"""One prompt or several."""
+
+
+def _is_list_of_prompts(prompt: Any) -> bool:
+    """Whether it is neither a text nor one prompt's tokens."""
+    return isinstance(prompt, list) and not any(isinstance(item, int | float) for item in prompt[:1])
+
+
+class Guidance(Fields):
     """How a request is steered."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    weights: dict[str, ProfileWeight]
+    weights: Weights | None = None
     """By guide, in place of the profile's."""
 
+    details: bool = False
+    """Whether log probabilities come with each model's own."""
 
-class StreamOptions(BaseModel):
+
+class StreamOptions(Fields):
     """What a stream holds beside its text."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
     """Whether a last chunk gives the token counts."""
 
+    continuous_usage_stats: bool = False
+    """Whether every chunk gives those of its choice so far."""
 
-class TextRequest(BaseModel):
+    include_obfuscation: bool = False
+    """Without effect: no chunk is padded to hide how long its text is."""
+
+
+class WithoutEffect(BaseModel):
+    """Fields of OpenAI's that are taken, since they cannot change a text."""
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class TextRequest(TextOptions, WithoutEffect):
     """What both endpoints take."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     model: str
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    seed: int | None = None
-    stop: StopStrings | None = None
+    """A profile: a named set of weights."""
+
+    n: Integer = Field(default=1, ge=1, le=MAX_ANSWERS)
+    """Answers to each prompt."""
+
     stream: bool = False
     stream_options: StreamOptions | None = None
     guidance: Guidance | None = None
-    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Seconds until the last token, at most the service's own deadline."""
-
-    _caller: Caller | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "TextRequest":
@@ -63,36 +94,103 @@ class TextRequest(BaseModel):
         return self
 
     @property
-    def wants_usage_chunk(self) -> bool:
-        """Whether a stream ends with a chunk of token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
+    def num_written(self) -> int:
+        """Answers that are written to each prompt."""
+        return self.n
 
-    def is_for(self, caller: Caller) -> None:
-        """Note whom the request is for, which no body can say."""
-        self._caller = caller
+    @property
+    def num_answers(self) -> int:
+        """Answers that are written to all prompts."""
+        return self.num_written * len(self._prompts())
 
-    def fields(self) -> dict[str, Any]:
-        """The request as the coordinator takes it: what was given, by the coordinator's names."""
-        given = self.model_dump(exclude_none=True, exclude={"stream", "stream_options", "guidance"})
-        if self.guidance is not None:
+    def requests(self, profiles: Mapping[str, Profile]) -> list[dict[str, Any]]:
+        """Return one request for each answer, as the coordinator takes it: what was given, by the coordinator's names.
+
+        Answers to one prompt follow each other, and differ in their sample index.
+        """
+        fields = {"seed": choose_seed(), **self._fields(profiles)}
+        return [
+            {**fields, **prompt, "sample": sample} for prompt in self._prompts() for sample in range(self.num_written)
+        ]
+
+    def _prompts(self) -> list[dict[str, Any]]:
+        """The fields in which prompts differ, of each prompt."""
+        return [{}]
+
+    def _fields(self, profiles: Mapping[str, Profile]) -> dict[str, Any]:
+        given = self.model_dump(exclude_unset=True, by_alias=True, include=set(GenerationRequest.model_fields))
+        if self.guidance is not None and self.guidance.weights is not None:
             given["weights"] = self.guidance.weights
-        if self._caller is not None:
-            given["caller"] = self._caller
+        if self.guidance is not None and self.guidance.details:
+            given["details"] = True
         return given
 
 
 class CompletionRequest(TextRequest):
     """Body of POST /v1/completions."""
 
-    prompt: Text
+    prompt: Prompts
+    max_tokens: Integer | None = Field(default=None, ge=0)
+    """0 only goes with `echo`."""
+
+    logprobs: Integer | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Of each token, and of so many most probable ones."""
+
+    best_of: Integer | None = Field(default=None, ge=1, le=MAX_ANSWERS)
+    """Answers that are written to each prompt, of which the `n` most probable ones are given."""
+
+    echo: bool = False
+    """Whether an answer begins with its prompt."""
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of < self.n:
+            raise impossible(f"best_of: {self.best_of} is less than n, {self.n}", "best_of")
+        if self.best_of is not None and self.best_of > self.n and self.stream:
+            raise impossible("best_of: which answers are the best is known at their end; leave stream out", "best_of")
+        if self.num_answers > MAX_ANSWERS:
+            raise impossible(
+                f"n: {len(self.prompt)} prompts with {self.num_written} answers each are {self.num_answers} answers; "
+                f"one request may have {MAX_ANSWERS}",
+                "n",
+            )
+        return self
+
+    @property
+    def num_written(self) -> int:
+        """Answers that are written to each prompt."""
+        return self.best_of or self.n
+
+    def _prompts(self) -> list[dict[str, Any]]:
+        return [{"prompt": prompt} for prompt in self.prompt]
+
+    def _fields(self, profiles: Mapping[str, Profile]) -> dict[str, Any]:
+        """Those of all prompts; the length that nobody has said is OpenAI's."""
+        given = super()._fields(profiles)
+        profile = profiles.get(self.model)
+        if "max_tokens" not in given and (profile is None or profile.sampling.max_tokens is None):
+            given["max_tokens"] = COMPLETION_TOKENS
+        if self.num_written > self.n:
+            given.setdefault("logprobs", 0)
+        return given
 
 
 class ChatCompletionRequest(TextRequest):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: Integer | None = Field(default=None, ge=1)
     """OpenAI's newer name of max_tokens."""
+
+    logprobs: bool = False
+    """Whether each token's log probability is told."""
+
+    top_logprobs: Integer = Field(default=0, ge=0, le=MAX_LOGPROBS)
+    """And those of so many most probable tokens."""
+
+    tools: Annotated[list[Any], Field(max_length=0)] = []
+    tool_choice: Literal["none", "auto"] = "none"
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _name_the_limit_once(self) -> "ChatCompletionRequest":
@@ -100,62 +198,20 @@ class ChatCompletionRequest(TextRequest):
             raise ValueError("give max_tokens or max_completion_tokens, not both")
         return self
 
-    def fields(self) -> dict[str, Any]:
-        """The request as the coordinator takes it."""
-        given = super().fields()
-        if "max_completion_tokens" in given:
-            given["max_tokens"] = given.pop("max_completion_tokens")
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs only goes with logprobs: true")
+        return self
+
+    def _fields(self, profiles: Mapping[str, Profile]) -> dict[str, Any]:
+        given = super()._fields(profiles)
+        if self.max_completion_tokens is not None:
+            given["max_tokens"] = self.max_completion_tokens
+        given.pop("logprobs", None)
+        if self.logprobs:
+            given["logprobs"] = self.top_logprobs
         return given
-
-
-class Answer:
-    """Forms the responses to one request, whole or chunk by chunk."""
-
-    def __init__(self, request: CompletionRequest | ChatCompletionRequest) -> None:
-        self._is_chat = isinstance(request, ChatCompletionRequest)
-        self._head = {
-            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": request.model,
-        }
-        self._is_first = True
-
-    def whole(self, piece: Piece) -> dict[str, Any]:
-        """The response that does not stream."""
-        content: dict[str, Any] = {"text": piece["text"]}
-        if self._is_chat:
-            content = {"message": {"role": "assistant", "content": piece["text"]}}
-        return {
-            **self._head,
-            "object": "chat.completion" if self._is_chat else "text_completion",
-            "choices": [self._choice(content, piece["finish_reason"])],
-            "usage": piece["usage"],
-            "seed": piece["seed"],
-        }
-
-    def chunk(self, piece: Piece) -> dict[str, Any]:
-        """One event of a stream."""
-        content: dict[str, Any] = {"text": piece["text"]}
-        if self._is_chat:
-            role = {"role": "assistant"} if self._is_first else {}
-            content = {"delta": {**role, "content": piece["text"]}}
-            self._is_first = False
-        return {
-            **self._stream_head(),
-            "choices": [self._choice(content, piece["finish_reason"])],
-            "seed": piece["seed"],
-        }
-
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """The last event of a stream whose request asked for token counts."""
-        return {**self._stream_head(), "choices": [], "usage": usage}
-
-    def _stream_head(self) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk" if self._is_chat else "text_completion"}
-
-    @staticmethod
-    def _choice(content: dict[str, Any], finish_reason: FinishReason | None) -> dict[str, Any]:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
 
 
 class ErrorAnswer(BaseModel):

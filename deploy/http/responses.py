@@ -11,9 +11,9 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
-from actors.api import Piece
 from actors.coordinator.request import invalid_request
 from cluster.errors import (
+    ContextExceeded,
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
@@ -22,19 +22,22 @@ from cluster.errors import (
     UnknownModel,
     in_brief,
 )
-from deploy.http.openai_schema import Answer, ErrorAnswer, ErrorDetail, ErrorType
+from deploy.http.openai_answer import Answer
+from deploy.http.openai_schema import ErrorAnswer, ErrorDetail, ErrorType, StreamOptions
+from deploy.http.several import Batch
 from deploy.json_lines import to_line
 
-STATUS: dict[type[BaseException], tuple[int, ErrorType]] = {
-    UnknownModel: (404, "invalid_request_error"),
-    InvalidRequest: (400, "invalid_request_error"),
-    Overloaded: (429, "overloaded_error"),
-    ReplicaLost: (503, "server_error"),
-    DeadlineExceeded: (504, "server_error"),
+STATUS: dict[type[BaseException], tuple[int, ErrorType, str | None]] = {
+    UnknownModel: (404, "invalid_request_error", "model_not_found"),
+    ContextExceeded: (400, "invalid_request_error", "context_length_exceeded"),
+    InvalidRequest: (400, "invalid_request_error", None),
+    Overloaded: (429, "overloaded_error", "rate_limit_exceeded"),
+    ReplicaLost: (503, "server_error", None),
+    DeadlineExceeded: (504, "server_error", None),
 }
-"""HTTP status and OpenAI error type of every error that a caller must tell apart; all others are 500."""
+"""HTTP status, OpenAI error type and code of every error that a caller must tell apart; all others are 500."""
 
-HTTP_NAMES = {"weights": "guidance.weights"}
+HTTP_NAMES = {"weights": "guidance.weights", "details": "guidance.details"}
 """Fields that the coordinator knows by another name."""
 
 MAX_MESSAGE_CHARS = 1000
@@ -65,21 +68,21 @@ def answer_errors(app: FastAPI) -> None:
 
 
 async def stream_events(
-    answer: Answer, first: list[Piece], rest: AsyncGenerator[list[Piece], None], *, with_usage: bool
+    answer: Answer, first: Batch, rest: AsyncGenerator[Batch, None], *, options: StreamOptions | None = None
 ) -> AsyncIterator[str]:
     """Yield a stream's events, those that are due at once together; an error after the first token is the last of them.
 
     Args:
         answer: forms the chunks.
-        first: the first pieces, at least one.
+        first: the first pieces, each with its choice; none as a sign of life.
         rest: those after them; closed when the stream ends.
-        with_usage: whether a last chunk gives the token counts.
+        options: what there is beside the text.
     """
-    pieces = first
+    options = options or StreamOptions()
     try:
-        yield _events(answer, pieces, with_usage=with_usage)
+        yield _events(answer, first, options)
         async for pieces in rest:
-            yield _events(answer, pieces, with_usage=with_usage)
+            yield _events(answer, pieces, options)
     except FAILURES as error:
         _, detail = _describe(error)
         yield _event({"error": detail.model_dump()})
@@ -87,13 +90,15 @@ async def stream_events(
         await rest.aclose()
 
 
-def _events(answer: Answer, pieces: list[Piece], *, with_usage: bool) -> str:
-    """The events of some pieces; after the answer's last one, those that end the stream."""
-    events = [_event(answer.chunk(piece)) for piece in pieces]
-    last = pieces[-1]
-    if last["finish_reason"] is not None:
-        if with_usage:
-            events.append(_event(answer.usage_chunk(last["usage"])))
+def _events(answer: Answer, pieces: Batch, options: StreamOptions) -> str:
+    """The events of some pieces; after the last one of all answers, those that end the stream."""
+    if not pieces:
+        return ": waiting\n\n"
+    with_usage = options.continuous_usage_stats
+    events = [_event(answer.chunk(index, piece, with_usage=with_usage)) for index, piece in pieces]
+    if answer.is_finished:
+        if options.include_usage:
+            events.append(_event(answer.usage_chunk()))
         events.append("data: [DONE]\n\n")
     return "".join(events)
 
@@ -105,11 +110,12 @@ def _event(body: dict[str, Any]) -> str:
 def _describe(error: BaseException) -> tuple[int, ErrorDetail]:
     """The HTTP status and body for an error, or for its cause if Ray carried it here."""
     cause = getattr(error, "cause", None) or error
-    for kind, (status, error_type) in STATUS.items():
+    for kind, (status, error_type, code) in STATUS.items():
         if isinstance(cause, kind):
             field: str | None = getattr(cause, "field", None)
             param = HTTP_NAMES.get(field, field) if field else None
-            return status, ErrorDetail(message=_readable(str(cause)), type=error_type, param=param and _readable(param))
+            param = param and _readable(param)
+            return status, ErrorDetail(message=_readable(str(cause)), type=error_type, param=param, code=code)
     return 500, ErrorDetail(message=_readable(f"{type(cause).__name__}: {in_brief(cause)}"), type="server_error")
 
 
@@ -126,10 +132,17 @@ async def _answer_failure(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": detail.model_dump()}, status, headers)
 
 
-async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
+async def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
     """An unknown path or method, or a body that cannot be decoded."""
     assert isinstance(error, HTTPException)
-    detail = ErrorDetail(message=str(error.detail), type="invalid_request_error")
+    message = str(error.detail)
+    if error.status_code == 404:
+        path = request.url.path.rstrip("/")
+        paths = request.app.openapi()["paths"]
+        meant = next((known for known in (path, f"/v1{path}", path.removeprefix("/v1")) if known in paths), None)
+        remedy = f"use {meant} (a client's base URL ends in /v1)" if meant else "/openapi.json lists those there are"
+        message = f"there is no path {_readable(request.url.path)}; {remedy}"
+    detail = ErrorDetail(message=_readable(message), type="invalid_request_error")
     return JSONResponse({"error": detail.model_dump()}, error.status_code, error.headers)
 
 

@@ -97,9 +97,8 @@ def models_in(config: Any) -> Iterator[str]:
     applications = config.get("applications") if isinstance(config, dict) else None
     for application in applications if isinstance(applications, list) else ():
         args = application.get("args") if isinstance(application, dict) else None
-        for name in ("model", "base") if isinstance(args, dict) else ():
-            if isinstance(args.get(name), str):
-                yield args[name]
+        if isinstance(args, dict):
+            yield from (model for name in ("model", "base") if isinstance(model := args.get(name), str))
 
 
 def _remember(file: Path, lacks: list[str]) -> None:

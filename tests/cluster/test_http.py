@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def test_models_say_what_they_are_and_which_weight_each_guide_bears(service: Ser
         {"id": "kind", "recommended_weight": 0.8},
         {"id": "wordless", "recommended_weight": None},
     ]
+    assert {model["max_model_len"] for model in listed["data"]} == {128}
     guidance = {model["id"]: model["guidance"] for model in listed["data"]}
     assert guidance == {
         "base": {"weights": {}, "sampling": {}},
@@ -88,9 +90,77 @@ def test_a_weight_may_be_left_to_the_guide(service: Service) -> None:
     assert "weights.wordless: 'auto' needs a guide that was calibrated" in refused.json()["error"]["message"]
 
 
+def test_a_model_can_be_looked_up(client: OpenAI) -> None:
+    assert client.models.retrieve("kinder").model_dump(exclude={"shutdown_date"}) == {
+        **{"id": "kinder", "object": "model", "created": 0, "owned_by": "trimtab", "max_model_len": 128},
+        "guidance": {"weights": {"kind": 0.8}, "sampling": {}},
+    }
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-5'; models are: base, kinder, kindest") as caught:
+        client.models.retrieve("gpt-5")
+    assert caught.value.code == "model_not_found"
+
+
 def test_health_is_ready(service: Service) -> None:
     answer = requests.get(f"{service.url}/health", timeout=60)
     assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+    answer = requests.head(f"{service.url}/health", timeout=60)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_the_service_says_its_version(service: Service) -> None:
+    assert requests.get(f"{service.url}/version", timeout=60).json() == {"version": metadata.version("trimtab")}
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/chat/completions", "there is no path /chat/completions; use /v1/chat/completions"),
+        ("/v1/v1/completions", "there is no path /v1/v1/completions; use /v1/completions"),
+        ("/v1/completions/", "there is no path /v1/completions/; use /v1/completions"),
+        ("/v1/embeddings", "there is no path /v1/embeddings; /openapi.json lists those there are"),
+    ],
+)
+def test_a_path_that_is_not_there_names_the_right_one(service: Service, path: str, says: str) -> None:
+    answer = requests.post(f"{service.url}{path}", json=PLAIN, timeout=60)
+    assert answer.status_code == 404
+    assert says in answer.json()["error"]["message"]
+
+
+NEUTRAL: dict[str, Any] = {
+    **{"n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": {}},
+    **{"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "safety_identifier": "s"},
+    **{"prompt_cache_key": "k", "ignore_eos": False, "stop": None, "timeout": None, "top_k": None, "stream": None},
+}
+
+
+def test_fields_that_change_nothing_are_taken(service: Service) -> None:
+    expected = post(service, {**PLAIN, "max_tokens": 8}).json()["choices"]
+    own = {"best_of": 1, "echo": False, "logprobs": None, "max_tokens": 8.0, "seed": 4.0, "guidance": None}
+    assert post(service, {**PLAIN, **NEUTRAL, **own}).json()["choices"] == expected
+    nulls = {"guidance": {"weights": {"kind": None}}, "stream_options": {"include_usage": None}, "stream": True}
+    answer = post(service, {**PLAIN, **NEUTRAL, **own, **nulls})
+    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected[0]["text"]
+
+
+def test_chat_fields_that_change_nothing_are_taken(service: Service, client: OpenAI) -> None:
+    body: dict[str, Any] = {"model": "base", "messages": CHAT, "max_tokens": 8, "seed": 4}
+    first = client.chat.completions.create(**body).choices[0].message
+    history: list[Any] = [*CHAT, first.model_dump(), {"role": "user", "content": "more"}]
+    plain = [{"role": turn["role"], "content": turn["content"]} for turn in history]
+    expected = post(service, {**body, "messages": plain}, "chat/completions").json()["choices"]
+    own: dict[str, Any] = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "logprobs": False}
+    answer = post(service, {**body, **NEUTRAL, **own, "messages": history}, "chat/completions")
+    assert answer.json()["choices"] == expected
+
+
+def test_errors_have_openais_codes(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**{**PLAIN, "max_tokens": 500})
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**{**PLAIN, "prompt": "x" * 128, "model": "kinder"})
+    assert caught.value.code == "context_length_exceeded"
 
 
 def test_prometheus_finds_the_figures_of_every_part(service: Service, client: OpenAI) -> None:
@@ -231,16 +301,28 @@ def test_the_end_token_ends_the_text(service: Service) -> None:
 
 
 def test_without_max_tokens_an_answer_goes_on_to_the_context_limit(service: Service) -> None:
-    answer = post(service, {"model": "base", "prompt": "ab", "temperature": 0}).json()
+    answer = post(service, {"model": "base", "messages": CHAT, "temperature": 0}, "chat/completions").json()
     assert answer["usage"]["total_tokens"] == 128 or answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_completion_without_max_tokens_has_openais_16(service: Service) -> None:
+    answer = post(service, {"model": "base", "prompt": "ab", "temperature": 0}).json()
+    assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (16, "length")
 
 
 @pytest.mark.parametrize(
     ("body", "status", "field", "says"),
     [
-        ({"n": 2}, 400, "n", "n is not supported"),
-        ({"logprobs": 1}, 400, "logprobs", "not supported"),
-        ({"presence_penalty": 0.5}, 400, "presence_penalty", "not supported"),
+        ({"n": 0}, 400, "n", "greater than or equal to 1, not 0"),
+        ({"n": 129}, 400, "n", "less than or equal to 128"),
+        ({"n": 3, "prompt": ["a"] * 100}, 400, "n", "100 prompts with 3 answers each are 300 answers"),
+        ({"n": 3, "best_of": 2}, 400, "best_of", "2 is less than n, 3"),
+        ({"logprobs": 21}, 400, "logprobs", "less than or equal to 20, not 21"),
+        ({"guidance": {"details": True}}, 400, "guidance.details", "guidance.details only goes with logprobs"),
+        ({"presence_penalty": 2.5}, 400, "presence_penalty", "less than or equal to 2, not 2.5"),
+        ({"logit_bias": {"80": 1}}, 400, "logit_bias", "the base has no token 80; its ids go up to 79"),
+        ({"stop_token_ids": [80]}, 400, "stop_token_ids", "the base has no token 80"),
+        ({"min_tokens": 13}, 400, "min_tokens", "13 is more than max_tokens, 12"),
         ({"guidance": {"weights": {"kind": 1}, "beta": 1}}, 400, "guidance.beta", "not supported"),
         (
             {"guidance": {"weights": {"cruel": 1}}},
@@ -253,12 +335,20 @@ def test_without_max_tokens_an_answer_goes_on_to_the_context_limit(service: Serv
         ({"guidance": {"weights": {"kind": 5000}}}, 400, "guidance.weights.kind", "1000"),
         ({"guidance": {"weights": {"kind": "much"}}}, 400, "guidance.weights.kind", "valid number, not 'much'"),
         ({"model": "cruel"}, 404, "model", "no model 'cruel'; models are: base, kinder"),
-        ({"model": None}, 400, "model", "valid string"),
+        ({"model": None}, 400, "model", "model is missing"),
+        ({"model": 3}, 400, "model", "valid string, not 3"),
         ({"prompt": ""}, 400, "prompt", "empty"),
-        ({"prompt": ["a", "b"]}, 400, "prompt", "valid string"),
+        ({"prompt": []}, 400, "prompt", "at least 1 item"),
+        ({"prompt": ["a", 3]}, 400, "prompt.1", "valid string, not 3"),
+        ({"prompt": {"a": 1}}, 400, "prompt.0", "valid string"),
+        ({"prompt": [[]]}, 400, "prompt", "prompt is empty"),
+        ({"prompt": [1, "a"]}, 400, "prompt.0.1", "valid integer, not 'a'"),
+        ({"prompt": [1, 80]}, 400, "prompt", "id 80, and the model was made with 80 tokens"),
+        ({"suffix": "x"}, 400, "suffix", "not supported"),
         ({"prompt": "x" * 128}, 400, "prompt", "128 tokens, but the context limit is 128"),
         ({"prompt": "x" * 28, "max_tokens": 101}, 400, "max_tokens", "28 prompt tokens and 101 new ones"),
-        ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1, not 0"),
+        ({"max_tokens": -1}, 400, "max_tokens", "greater than or equal to 0, not -1"),
+        ({"max_tokens": 0}, 400, "max_tokens", "0 tokens are no answer"),
         ({"temperature": -0.1}, 400, "temperature", "greater than or equal to 0"),
         ({"top_p": 0}, 400, "top_p", "greater than 0"),
         ({"top_k": -2}, 400, "top_k", "greater than or equal to -1"),
@@ -296,7 +386,7 @@ def test_a_bad_body_is_explained(service: Service, body: str, says: str) -> None
         ([], "messages is empty"),
         ([{"role": "user"}], "messages.0.content is missing"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content.0.type: Input should be 'text'"),
-        ([{"role": "user", "content": "x", "tool_calls": []}], "messages.0.tool_calls is not supported"),
+        ([{"role": "user", "content": "x", "tool_calls": [{}]}], "messages.0.tool_calls is not supported"),
     ],
 )
 def test_bad_messages_are_named(service: Service, messages: Any, says: str) -> None:
@@ -316,10 +406,12 @@ def test_a_guide_without_a_chat_template_is_named(service: Service) -> None:
 def test_openais_client_raises_its_own_errors(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="no model 'gpt-5'"):
         client.completions.create(model="gpt-5", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="n is not supported"):
-        client.completions.create(**PLAIN, n=3)
+    with pytest.raises(openai.BadRequestError, match="n: Input should be less than or equal to 128"):
+        client.completions.create(**PLAIN, n=300)
 
 
 def test_the_openapi_schema_lists_the_endpoints(service: Service) -> None:
     paths = requests.get(f"{service.url}/openapi.json", timeout=60).json()["paths"]
-    assert set(paths) == {"/health", "/v1/models", "/v1/completions", "/v1/chat/completions"}
+    assert set(paths) == {
+        *("/health", "/version", "/v1/models", "/v1/models/{model}", "/v1/completions", "/v1/chat/completions"),
+    }

@@ -18,7 +18,16 @@ from tests import tiny
 from tests.cluster.conftest import Deploy, Service, model_args, process_of, service_config
 
 ROOM = 4
-LONG: dict[str, Any] = {"prompt": "hello", "max_tokens": 800, "seed": 3, "weights": {"kind": 0.8}}
+SHAPED: dict[str, Any] = {
+    **{"frequency_penalty": 0.02, "repetition_penalty": 1.1, "logit_bias": {0: 3}},
+    "structured_outputs": {"regex": "(once|[b-z ]+){900}"},
+}
+"""What depends on the tokens so far, and is made again from them."""
+
+LONG: dict[str, Any] = {
+    **{"prompt": "hello", "max_tokens": 800, "seed": 3, "weights": {"kind": 0.8}, "logprobs": 2},
+    **SHAPED,
+}
 
 
 class Setup:
@@ -60,6 +69,10 @@ def check(pieces: list[Any], undisturbed: dict[str, Any]) -> None:
     assert "".join(piece["text"] for piece in pieces) == undisturbed["text"]
     assert [token for piece in pieces for token in piece["token_ids"]] == undisturbed["token_ids"]
     assert pieces[-1]["usage"] == undisturbed["usage"]
+    scores = [place for piece in pieces for place in piece["scores"]]
+    for place, expected in zip(scores, undisturbed["scores"], strict=True):
+        assert [score["token"] for score in place["top"]] == [score["token"] for score in expected["top"]]
+        assert place["drawn"]["logprob"] == pytest.approx(expected["drawn"]["logprob"], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +108,7 @@ def chunks(answer: requests.Response) -> Iterator[dict[str, Any]]:
 
 
 def test_http_streams_outlive_their_coordinator(service: Service, undisturbed: dict[str, Any]) -> None:
-    body = {"model": "kinder", "prompt": "hello", "max_tokens": 800, "seed": 3}
+    body = {"model": "kinder", "prompt": "hello", "max_tokens": 800, "seed": 3, **SHAPED}
     url = f"{service.url}/v1/completions"
     with requests.post(url, json={**body, "stream": True}, stream=True, timeout=60) as answer:
         read = chunks(answer)
@@ -128,7 +141,7 @@ def test_without_its_guide_a_request_fails_closed_and_others_go_on(
     service: Service, setup: Setup, undisturbed: dict[str, Any]
 ) -> None:
     url = f"{service.url}/v1/completions"
-    body: dict[str, Any] = {"model": "kinder", "prompt": "hello", "max_tokens": 800, "seed": 3}
+    body: dict[str, Any] = {"model": "kinder", "prompt": "hello", "max_tokens": 800, "seed": 3, **SHAPED}
     away = Path(setup.kind).with_name("away")
     with requests.post(url, json={**body, "stream": True, "timeout": 8}, stream=True, timeout=60) as answer:
         read = chunks(answer)

@@ -76,7 +76,7 @@ COMMAND = Command(
     interrupted="stopped; the same command continues",
     description="Answer a file of prompts through the running service, one JSON object a line in and out.",
     epilog="An input line holds `prompt` or `messages`, any other field of a request (model, weights or guidance, "
-    "max_tokens, temperature, top_p, top_k, min_p, seed, stop, timeout) and an `id` (default: the line's number). "
+    "max_tokens, temperature, seed, stop and the others of docs/api.md) and an `id` (default: the line's number). "
     "Results come in the order in which they finish: line, digest, id, the request's fields, and text, token_ids, "
     "finish_reason, usage, or error. The same command again continues where the last run stopped: answers are kept, "
     "failures tried again. Exit status: 0 all answered, 1 some failed, 2 nothing was started. Under `ray job submit` "

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import zlib
 from collections.abc import Iterable
 
 from starlette.types import Message, Receive
@@ -9,8 +10,8 @@ from starlette.types import Message, Receive
 from deploy.http.openai_schema import ErrorDetail, ErrorType
 
 MAX_HEADER_BYTES = 32 * 2**10
-MAX_DEPTH = 16
-"""Of arrays and objects within each other; the API's own bodies need six."""
+MAX_DEPTH = 32
+"""Of arrays and objects within each other; the API's own bodies need six, and JSON schemas two for each of theirs."""
 
 JSON_TYPE = re.compile(rb"application/(?:[a-z0-9.-]+\+)?json\s*(?:;.*)?", re.IGNORECASE)
 # A string, one without an end too, or one bracket. Possessive: time grows with the length and nothing else.
@@ -78,6 +79,29 @@ async def read_body(headers: Headers, receive: Receive, *, max_bytes: int, timeo
                     return bytes(body)
     except TimeoutError as error:
         raise Denied(408, f"the body did not arrive within {timeout_s:g} s", param="body") from error
+
+
+def inflate(headers: Headers, body: bytes, *, max_bytes: int) -> bytes:
+    """Return a body as it was before it was compressed, if it was.
+
+    Raises:
+        Denied: it is not what the header says, or longer than `max_bytes`.
+    """
+    encoding = (header(headers, b"content-encoding") or b"").strip().lower()
+    if encoding in (b"", b"identity"):
+        return body
+    if encoding != b"gzip":
+        raise Denied(415, "the header Content-Encoding must be gzip, or be left out", param="Content-Encoding")
+    inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    try:
+        inflated = inflater.decompress(body, max_bytes + 1)
+    except zlib.error as error:
+        raise Denied(400, f"the body is not gzip, as Content-Encoding says: {error}", param="body") from error
+    if len(inflated) > max_bytes:
+        raise _too_long(max_bytes)
+    if not inflater.eof or inflater.unused_data:
+        raise Denied(400, "the body is not gzip, as Content-Encoding says: it ends too early or late", param="body")
+    return inflated
 
 
 def check_json(headers: Headers, body: bytes) -> None:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from ray import serve
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.coordinator.admission import UNNAMED, Caller
 from actors.settings import CoordinatorSettings
 from cluster.errors import InvalidConfiguration
-from deploy.http.access.body import Denied, Gone, check_headers, check_json, header, read_body
+from deploy.http.access.body import Denied, Gone, check_headers, check_json, header, inflate, read_body
 from deploy.http.access.exposure import Ports, public_address
 from deploy.http.access.keys import KeyRing
 from deploy.http.access.pace import Pace
@@ -56,6 +57,7 @@ class Access:
             clock: in seconds.
         """
         self.limits = settings.limits
+        self.cors_origins = settings.http.cors_origins
         self.refusals = Pace(settings.limits.refusals_per_s, clock)
         self._keys = keys
         self._ports = None if keys is not None or settings.security.allow_public_without_keys else ports
@@ -118,7 +120,8 @@ class Access:
         """Count a request that is open here; raise `Denied` if there are too many."""
         if self._num_open >= self.limits.max_open_requests:
             message = f"{self._num_open} requests are open, which is the limit; try again later"
-            raise Denied(429, message, kind="overloaded_error", headers={"Retry-After": "1"})
+            headers = {"Retry-After": "1"}
+            raise Denied(429, message, code="rate_limit_exceeded", kind="overloaded_error", headers=headers)
         self._num_open += 1
         try:
             yield
@@ -146,7 +149,20 @@ class Guard:
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request (ASGI)."""
+        """Answer a request (ASGI); a browser's page of another origin too, if it is one of `http.cors_origins`."""
+        answer: ASGIApp = self._answer
+        if scope["type"] == "http" and header(scope["headers"], b"origin") and (origins := self._access().cors_origins):
+            # Before the key is looked at: a browser asks whether it may send one without sending it.
+            answer = CORSMiddleware(
+                answer,
+                allow_origins=origins,
+                allow_methods=("GET", "HEAD", "POST"),
+                allow_headers=("*",),
+                expose_headers=("Retry-After",),
+            )
+        await answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
@@ -180,6 +196,7 @@ async def _body(scope: Scope, receive: Receive, access: Access) -> bytes:
     limits = access.limits
     body = await read_body(scope["headers"], receive, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s)
     if body:
+        body = inflate(scope["headers"], body, max_bytes=limits.max_body_bytes)
         check_json(scope["headers"], body)
     return body
 

@@ -94,7 +94,8 @@ def parse_line(raw: bytes, number: int, defaults: Defaults) -> Line:
     except ValidationError as error:
         return Line(number=number, id=name, digest=_digest(raw), error=invalid_request(error.errors()[0]))
     fields.pop("id", None)
-    if fields.pop("guidance", None) is not None and request.guidance is not None:
+    fields.pop("guidance", None)
+    if request.guidance is not None and request.guidance.weights is not None:
         fields["weights"] = dict(request.guidance.weights)
     canonical = json.dumps([name, fields], sort_keys=True).encode()
     return Line(number=number, id=name, digest=_digest(canonical), fields=fields)

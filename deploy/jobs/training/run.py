@@ -18,11 +18,12 @@ import ray
 import torch
 from ray.exceptions import OutOfMemoryError
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.settings import locate_model
 from actors.training.card import write_card
 from actors.training.data import Pairs, Texts
+from actors.training.derive import adapter_reach
 from actors.training.encoding import EncodedPair, Report, ResponseEncoder, TokenLimits, arrange
 from actors.training.run import CHECKPOINTS, LOG, RESULT, SETTINGS, RunSettings, describe, newest_checkpoint, train
 from actors.training.trainer import Example
@@ -30,6 +31,9 @@ from actors.vocabularies import end_tokens, load_tokenizer, max_positions
 from cluster.errors import InvalidConfiguration
 from deploy.jobs.outcome import BadOutcome
 from deploy.jobs.training.options import RunOptions
+
+LOW_REACH = 0.5
+"""An adapter on less of the layers' weights than this is warned of."""
 
 REPORT_PERIOD_S = 10.0
 POLL_S = 0.5
@@ -148,6 +152,22 @@ def adapter_rank(options: RunOptions, default: int, lora_alpha: float | None = N
     if rank < 1:
         raise InvalidConfiguration(f"--lora-rank: {rank} is less than 1; --full trains all weights")
     return rank
+
+
+def describe_adapter(settings: RunSettings) -> list[str]:
+    """Return what the run's adapter is, one fact an item; nothing where none is trained. Loads no weights."""
+    if not settings.lora_rank:
+        return []
+    config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
+    with torch.device("meta"):
+        reach = adapter_reach(AutoModelForCausalLM.from_config(config))
+    facts = [f"the adapter, of rank {settings.lora_rank}, reaches {reach:.0%} of the weights of the layers"]
+    if reach < LOW_REACH:
+        facts.append(
+            f"WARNING: an adapter cannot reach the other {1 - reach:.0%}, experts that the model holds as one "
+            "parameter; --full trains all weights"
+        )
+    return facts
 
 
 def choose_dtype(choice: str, *, on_gpu: bool) -> str:

@@ -60,7 +60,7 @@ def test_a_text_has_one_beginning_and_no_end_but_its_own(single: str, text: str)
     expected = plain if has_its_own else [1] * num_added + plain
     assert PromptEncoder(fast).encode(Prompt(text)) == expected
     # A template writes what it wants.
-    rendered = PromptEncoder(fast, "{{ messages[0]['content'] }}").encode(Prompt(text))
+    rendered = PromptEncoder(fast, "{{ messages[0]['content'] }}", split_special_tokens=False).encode(Prompt(text))
     assert rendered == plain
 
 
@@ -69,3 +69,19 @@ def test_a_text_without_tokens_of_its_own_is_refused() -> None:
     fast.backend_tokenizer.normalizer = normalizers.Strip()
     with pytest.raises(InvalidRequest, match="holds no token"):
         PromptEncoder(fast).encode(Prompt("  "))
+
+
+def test_a_message_says_who_speaks_to_a_template_that_asks() -> None:
+    encoder = PromptEncoder(
+        tiny.tokenizer(), "{% for m in messages %}{{ m.name or m.role }}:{{ m.content }}{% endfor %}"
+    )
+    named: list[Message] = [{"role": "user", "content": "hi", "name": "ann"}, *ASKED]
+    assert encoder.text_of(Prompt(messages=named)) == "ann:hiuser:hi"
+
+
+def test_token_ids_are_a_prompt_as_they_are_unless_a_template_is_set() -> None:
+    assert PromptEncoder(tiny.tokenizer()).encode(Prompt(tokens=[3, 1, 4])) == [3, 1, 4]
+    with pytest.raises(InvalidRequest, match="prompt is empty"):
+        PromptEncoder(tiny.tokenizer()).encode(Prompt(tokens=[]))
+    with pytest.raises(InvalidRequest, match="has a prompt_template, which takes no token ids"):
+        PromptEncoder(tiny.tokenizer(), "{{ messages[0].content }}").encode(Prompt(tokens=[3]))

@@ -8,15 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from actors.api import Piece
+from actors.api import Piece, Resume, Scores, Scoring, Shaping
+from actors.coordinator.echo import Echo
 from actors.coordinator.lane import Lane, merge_and_draw
 from actors.coordinator.plan import plan_step
 from actors.coordinator.sequence import LiveSequence, Seat, Voice
+from actors.coordinator.spelling import Spelling
 from actors.coordinator.text import TextWriter
 from actors.engine import Engine, RowKind
 from actors.engine import Work as EngineWork
-from actors.guidance import Sampling, Spelled
+from actors.guidance import Guidance, Sampling, Spelled
 from actors.guidance import reference as oracle
+from actors.guidance.shaping import Shaper
 from actors.settings import Limits
 from cluster.errors import EngineError, ReplicaLost, TrimtabError
 from cluster.exchange import Failure, Rows, Work
@@ -93,6 +96,10 @@ def sequence(
     *,
     prompt: str = "hello",
     max_tokens: int = 12,
+    shaping: Shaping | None = None,
+    scoring: Scoring | None = None,
+    echoes: bool = False,
+    sample: int = 0,
     **sampling: Any,
 ) -> LiveSequence:
     fast = tiny.tokenizer(80)
@@ -108,6 +115,11 @@ def sequence(
         max_tokens=max_tokens,
         end_tokens={0},
         writer=TextWriter(fast.backend_tokenizer, tokens),
+        shaper=None if shaping is None else Shaper(shaping, prompt=tokens, end_tokens={0}),
+        scoring=scoring,
+        sample=sample,
+        echo=Echo(text=prompt, tokens=tokens, is_scored=scoring is not None) if echoes else None,
+        spelling=Spelling(fast.backend_tokenizer),
     )
 
 
@@ -125,14 +137,21 @@ async def read_all(live: LiveSequence) -> list[int]:
             return tokens
 
 
-def expected(live: LiveSequence) -> oracle.ReferenceText:
+def expected(live: LiveSequence, shaping: Shaping | None = None) -> oracle.ReferenceText:
     prompts = [voice.tokens[: len(voice.tokens) - len(live.output)] for voice in live.voices]
     voices = [
         oracle.Voice(model=voice.seat.replica.model, prompt=prompt, weight=voice.weight)  # type: ignore[union-attr]
         for voice, prompt in zip(live.voices, prompts, strict=True)
     ]
     return oracle.generate(
-        voices[0], voices[1:], sampling=live.sampling, max_tokens=live.max_tokens, end_tokens=live.end_tokens
+        voices[0],
+        voices[1:],
+        sampling=live.sampling,
+        shaping=shaping,
+        keeps_laws=live.scoring is not None,
+        max_tokens=live.max_tokens,
+        end_tokens=live.end_tokens,
+        sample=live.sample,
     )
 
 
@@ -152,6 +171,166 @@ async def test_tokens_are_the_references_whatever_shares_the_lane(base: LocalRep
         comparison.add(key_of(live), await read_all(live), expected(live))
     comparison.finish()
     assert lane.num_sequences == 0
+
+
+SHAPING = Shaping(
+    repetition_penalty=1.2, frequency_penalty=0.6, presence_penalty=0.3, logit_bias={5: 2.0, 0: 9.0}, min_tokens=10
+)
+
+
+async def test_shaped_sequences_draw_the_references_tokens_beside_plain_ones(
+    base: LocalReplica, kind: LocalReplica
+) -> None:
+    lane = Lane(LIMITS)
+    sequences = [
+        sequence("a", base, [(kind, 1.0)], seed=1, max_tokens=30, shaping=SHAPING),
+        sequence("b", base, [(kind, 1.0)], seed=1, max_tokens=30),
+        sequence("c", base, temperature=0, max_tokens=30, shaping=SHAPING),
+    ]
+    for live in sequences:
+        lane.add(live)
+    comparison = Comparison()
+    for live, shaping in zip(sequences, (SHAPING, None, SHAPING), strict=True):
+        comparison.add(key_of(live), await read_all(live), expected(live, shaping))
+    comparison.finish()
+    assert sequences[0].output != sequences[1].output
+    assert len(sequences[2].output) > 10
+
+
+async def test_a_shaped_sequence_goes_on_from_its_tokens_as_if_undisturbed(
+    base: LocalReplica, kind: LocalReplica
+) -> None:
+    whole = sequence("whole", base, [(kind, 1.0)], seed=5, max_tokens=30, shaping=SHAPING)
+    undisturbed = expected(whole, SHAPING).tokens
+    for cut in (1, 9, 20):
+        lane = Lane(LIMITS)
+        live = sequence(f"from {cut}", base, [(kind, 1.0)], seed=5, max_tokens=30, shaping=SHAPING)
+        live.resume(Resume(undisturbed[:cut], 0))
+        lane.add(live)
+        await read_all(live)
+        assert live.output == undisturbed
+
+
+async def read_scores(live: LiveSequence) -> list[Scores]:
+    scores: list[Scores] = []
+    while True:
+        piece: Piece = await asyncio.wait_for(live.read(), 60)
+        assert len(piece["scores"]) == len(piece["token_ids"])
+        scores += piece["scores"]
+        if piece["finish_reason"] is not None:
+            return scores
+
+
+def check_scores(live: LiveSequence, scores: Sequence[Scores], text: oracle.ReferenceText, first: int = 0) -> None:
+    """Check that an answer, from its token `first` on, has the oracle's log probabilities."""
+    assert live.output == text.tokens
+    weights = [1.0, *(voice.weight for voice in live.voices[1:])]
+    for token, place, (merged_V, *own) in zip(text.tokens[first:], scores, text.laws[first:], strict=True):
+        assert place["drawn"]["token"] == token
+        assert place["drawn"]["text"] == tiny.tokenizer(80).convert_ids_to_tokens(token)
+        assert [score["token"] for score in place["top"]] == merged_V.topk(4).indices.tolist()
+        for score in (place["drawn"], *place["top"]):
+            assert score["logprob"] == pytest.approx(float(merged_V[score["token"]]), abs=1e-4)
+            values = [score["voices"][voice.name] for voice in live.voices]
+            assert values == pytest.approx([float(law[score["token"]]) for law in own], abs=1e-4)
+            guided = sum(weight * value for weight, value in zip(weights, values, strict=True))
+            assert guided - place["log_z"] == pytest.approx(score["logprob"], abs=1e-4)
+
+
+SCORING = Scoring(num_top=4, has_details=True)
+
+
+async def test_log_probabilities_are_the_references_before_any_shaping(base: LocalReplica, kind: LocalReplica) -> None:
+    lane = Lane(LIMITS)
+    sequences = [
+        sequence("a", base, [(kind, 0.7)], seed=1, scoring=SCORING, temperature=2.0, top_k=9),
+        sequence("b", base, [(kind, -0.7)], seed=1, scoring=SCORING, shaping=SHAPING, max_tokens=20),
+        sequence("c", base, seed=2, scoring=SCORING),
+    ]
+    plain = sequence("d", base, [(kind, 0.7)], seed=1)
+    for live in (*sequences, plain):
+        lane.add(live)
+    for live, shaping in zip(sequences, (None, SHAPING, None), strict=True):
+        check_scores(live, await read_scores(live), expected(live, shaping))
+    assert "scores" not in await plain.read()
+
+
+async def test_log_probabilities_of_an_answer_that_goes_on_elsewhere(base: LocalReplica, kind: LocalReplica) -> None:
+    whole = sequence("whole", base, [(kind, 1.0)], seed=5, scoring=SCORING)
+    undisturbed = expected(whole)
+    live = sequence("resumed", base, [(kind, 1.0)], seed=5, scoring=SCORING)
+    live.resume(Resume(undisturbed.tokens[:5], 5))
+    Lane(LIMITS).add(live)
+    check_scores(live, await read_scores(live), undisturbed, first=5)
+
+
+async def test_each_sample_has_noise_of_its_own(base: LocalReplica, kind: LocalReplica) -> None:
+    lane = Lane(LIMITS)
+    sequences = [sequence(f"sample {i}", base, [(kind, 1.0)], seed=3, sample=i) for i in range(4)]
+    for live in sequences:
+        lane.add(live)
+    for live in sequences:
+        assert await read_all(live) == expected(live).tokens
+    assert len({tuple(live.output) for live in sequences}) == 4
+
+
+@torch.inference_mode()
+def check_prompt(live: LiveSequence, places: Sequence[Scores], prompt: Sequence[int]) -> None:
+    """Check a prompt's log probabilities against all of its rows, from one pass of each model."""
+    rows = [voice.seat.replica.model(torch.tensor([prompt])).logits[0] for voice in live.voices]  # type: ignore[union-attr]
+    assert [place["drawn"]["token"] for place in places] == list(prompt)
+    assert places[0]["drawn"]["logprob"] is None
+    for i, place in enumerate(places[1:]):
+        guidance = [Guidance(voice.weight, row[i]) for voice, row in zip(live.voices[1:], rows[1:], strict=True)]
+        merged_V, *own = oracle.laws([row[i] for row in rows], guidance)
+        token = prompt[i + 1]
+        assert place["drawn"]["logprob"] == pytest.approx(float(merged_V[token]), abs=1e-4)
+        assert list(place["drawn"]["voices"].values()) == pytest.approx([float(law[token]) for law in own], abs=1e-4)
+        assert [score["token"] for score in place["top"]] == merged_V.topk(4).indices.tolist()
+
+
+@pytest.mark.parametrize("prompt", ["a", "ab", "x" * 32, "it was a dark and stormy night, and the rain", "y" * 65])
+@pytest.mark.parametrize("max_tokens", [0, 1, 9])
+async def test_a_prompt_is_told_of_token_by_token(kind: LocalReplica, prompt: str, max_tokens: int) -> None:
+    base, hidden, lane = LocalReplica(BASE), LocalReplica(TERSE, "hidden_states"), Lane(LIMITS)
+    live = sequence(
+        "told", base, [(kind, 0.7), (hidden, -0.4)], prompt=prompt, max_tokens=max_tokens, scoring=SCORING, echoes=True
+    )
+    other = sequence("other", base, [(kind, 1.0)], seed=2, max_tokens=20)
+    lane.add(live)
+    lane.add(other)
+    first = await asyncio.wait_for(live.read(), 60)
+    assert first["prompt_echo"]["text"] == prompt
+    check_prompt(live, first["prompt_echo"]["scores"], tiny.tokenizer(80)(prompt).input_ids)
+    while live.finish_reason is None:
+        assert "prompt_echo" not in await asyncio.wait_for(live.read(), 60)
+    assert live.finish_reason == "length"
+    if max_tokens:
+        assert live.output == expected(live).tokens
+    assert await read_all(other) == expected(other).tokens
+
+
+async def test_a_prompt_that_its_replica_gave_up_is_told_of_all_the_same(
+    base: LocalReplica, kind: LocalReplica
+) -> None:
+    lane = Lane(LIMITS)
+    prompt = "z" * 40 + "abcdefgh" * 5
+    live = sequence("told", base, [(kind, 1.0)], prompt=prompt, max_tokens=3, scoring=SCORING, echoes=True)
+    lane.add(live)
+    await asyncio.wait_for(kind.called.wait(), 60)
+    kind.to_preempt.add("told")
+    first = await asyncio.wait_for(live.read(), 60)
+    assert not kind.to_preempt
+    check_prompt(live, first["prompt_echo"]["scores"], tiny.tokenizer(80)(prompt).input_ids)
+
+
+async def test_an_echo_without_log_probabilities_costs_no_pass(base: LocalReplica) -> None:
+    live = sequence("echo", base, prompt="hello", max_tokens=0, echoes=True)
+    piece = await asyncio.wait_for(live.read(), 60)
+    assert piece["prompt_echo"]["text"] == "hello"
+    assert piece["prompt_echo"]["scores"] == []
+    assert (piece["text"], piece["finish_reason"], piece["usage"]["prompt_tokens"]) == ("", "length", 5)
+    assert not base.called.is_set()
 
 
 async def test_guides_that_send_hidden_states_guide_as_others_do(base: LocalReplica, kind: LocalReplica) -> None:
@@ -455,10 +634,10 @@ def test_a_column_without_a_token_is_never_drawn(
                 spelled=Spelled(tokens),
             )
         )
-    assert set(merge_and_draw(live)) <= set(tokens)
+    assert {drawn.token for drawn in merge_and_draw(live)} <= set(tokens)
     for sequence in live:
         sequence.spelled = None
-    assert not set(merge_and_draw(live)) <= set(tokens)
+    assert not {drawn.token for drawn in merge_and_draw(live)} <= set(tokens)
 
 
 def test_tokens_draw_the_same_noise_beside_columns_without_one() -> None:

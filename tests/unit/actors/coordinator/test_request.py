@@ -63,6 +63,12 @@ def test_one_stop_string_or_a_list(stop: Any) -> None:
         ({}, None, "either prompt or messages"),
         ({"prompt": "x", "messages": []}, None, "either prompt or messages"),
         ({"prompt": 3}, "prompt", "valid string, not 3"),
+        ({"prompt": [3, "x"]}, "prompt.1", "valid integer, not 'x'"),
+        ({"prompt": [-1]}, "prompt.0", "greater than or equal to 0"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens", "0 tokens are no answer"),
+        ({"messages": [], "echo": True}, "echo", "goes with a prompt"),
+        ({"prompt": "x", "details": True}, "details", "only goes with logprobs"),
+        ({"prompt": "x", "sample": 128}, "sample", "less than 128"),
         ({"prompt": "x", "max_token": 3}, "max_token", "max_token is not supported; leave it out"),
         ({"prompt": "x", "weights": {"cruel": 1}}, "weights", "no guide 'cruel'; guides are: kind, terse"),
         ({"prompt": "x", "weights": {"kind": float("inf")}}, "weights.kind", "finite"),
@@ -74,6 +80,13 @@ def test_one_stop_string_or_a_list(stop: Any) -> None:
         ({"messages": [{"role": "user"}]}, "messages.0.content", "messages.0.content is missing"),
         ({"prompt": "half a \ud800"}, "prompt", "valid string"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content.0.text", "valid string"),
+        ({"prompt": "x", "logit_bias": {"x": 1}}, "logit_bias.x.[key]", "valid integer"),
+        ({"prompt": "x", "logit_bias": {"01": 1}}, "logit_bias.01.[key]", "valid integer"),
+        ({"prompt": "x", "logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100, not 101"),
+        ({"prompt": "x", "frequency_penalty": -2.1}, "frequency_penalty", "greater than or equal to -2"),
+        ({"prompt": "x", "repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
+        ({"prompt": "x", "stop_token_ids": [-1]}, "stop_token_ids.0", "greater than or equal to 0"),
+        ({"prompt": "x", "min_tokens": 9, "max_tokens": 8}, "min_tokens", "9 is more than max_tokens, 8"),
         ({"prompt": "x", "timeout": 0}, "timeout", "greater than 0, not 0"),
         ({"prompt": "x", "timeout": 600.5}, "timeout", "600.5 s is more than the limit, 600 s"),
         ({"prompt": "x", "stop": "y" * 1001}, "stop.0", "at most 1000 characters"),
@@ -91,9 +104,40 @@ def test_an_unknown_profile_lists_those_there_are() -> None:
         parse({"prompt": "x", "model": "nicer"})
 
 
+def test_what_is_not_asked_for_changes_no_logits() -> None:
+    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1, "logit_bias": {}}
+    for fields in ({}, neutral, {"min_tokens": 0, "logit_bias": {"3": None}}):
+        assert parse({"prompt": "x", **fields}).shaping.is_none
+
+
+def test_a_prompt_may_be_tokens() -> None:
+    assert parse({"prompt": [3, 4.0]}).prompt == Prompt(tokens=[3, 4])
+
+
+def test_biases_are_by_token_id() -> None:
+    assert parse({"prompt": "x", "logit_bias": {"17": -100, 4: 0.5}}).shaping.logit_bias == {17: -100, 4: 0.5}
+
+
+def test_whole_floats_are_integers() -> None:
+    request = parse({"prompt": "x", "max_tokens": 16.0, "seed": 3.0, "top_k": 5.0})
+    assert (request.max_tokens, request.sampling.seed, request.sampling.top_k) == (16, 3, 5)
+
+
+def test_a_message_may_bring_what_an_answer_has() -> None:
+    extras: dict[str, Any] = {"refusal": None, "annotations": [], "audio": None, "function_call": {}, "tool_calls": []}
+    messages = [{"role": "user", "content": "hi", "name": "Ann"}, {"role": "assistant", "content": "ho", **extras}]
+    assert parse({"messages": messages}).prompt.messages == [
+        {"role": "user", "content": "hi", "name": "Ann"},
+        {"role": "assistant", "content": "ho"},
+    ]
+    with pytest.raises(InvalidRequest, match=r"messages\.0\.tool_calls is not supported"):
+        parse({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]})
+
+
 def test_none_is_absent() -> None:
     nothing = dict.fromkeys(("weights", "max_tokens", "temperature", "top_p", "stop", "messages"))
     assert parse({**nothing, "prompt": "x", "seed": 1}) == parse({"prompt": "x", "seed": 1})
+    assert parse({"prompt": "x", "weights": {"kind": None, "terse": 1}}).weights == {"terse": 1}
 
 
 def test_a_request_may_have_a_shorter_time() -> None:

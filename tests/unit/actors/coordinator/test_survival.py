@@ -102,6 +102,32 @@ def only(serve: LocalServe, name: str) -> ModelServer:
     return server
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0, -0.7])
+@pytest.mark.parametrize("width", [80, 100])
+async def test_models_with_more_columns_than_tokens_write_what_the_oracle_writes(
+    monkeypatch: pytest.MonkeyPatch, weight: float, width: int
+) -> None:
+    serve = LocalServe()
+    base, kind = tiny.talkative(tiny.llama(100)), tiny.llama(width, seed=1)
+    await serve.start("base", base)
+    await serve.start("kind", kind)
+    prompt = tiny.tokenizer(80)("hello").input_ids
+    comparison = Comparison()
+    num_columns = 0
+    async with local_coordinator(monkeypatch, serve, ["kind"]) as coordinator:
+        for seed in range(4):
+            sampling = Sampling(seed=seed, temperature=1.5)
+            fields: dict[str, Any] = {"prompt": "hello", "weights": {"kind": weight}, "seed": seed, "temperature": 1.5}
+            answer = await coordinator.generate(**fields, max_tokens=40)
+            voices = oracle.Voice(model=base, prompt=prompt), [oracle.Voice(model=kind, prompt=prompt, weight=weight)]
+            limits: dict[str, Any] = {"sampling": sampling, "max_tokens": 40, "end_tokens": {0}}
+            comparison.add(seed, answer["token_ids"], oracle.generate(*voices, spelled=range(80), **limits))
+            num_columns += sum(token >= 80 for token in oracle.generate(*voices, **limits).tokens)
+    comparison.finish()
+    await serve.stop()
+    assert num_columns or (weight and width == 80)
+
+
 @pytest.mark.parametrize("name", ["base", "kind"])
 @pytest.mark.parametrize("restart_s", [0.0, 0.5])
 async def test_a_replica_that_dies_while_it_writes_changes_no_token(
@@ -168,6 +194,44 @@ async def test_what_waits_for_a_guide_that_is_gone_holds_no_other_place(
     await serve.start("terse", TERSE)
     for seed, reader in enumerate(readers):
         check(await reader.tokens(), seed, both["weights"])
+
+
+@pytest.mark.parametrize("asleep", [["base"], ["kind"], ["terse"], ["kind", "base"], ["terse", "kind", "base"]])
+@pytest.mark.parametrize("is_begun", [False, True])
+async def test_models_without_a_replica_are_asked_for_until_they_have_one(
+    serve: LocalServe, coordinator: Coordinator, asleep: list[str], is_begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenancy, "HOLD_S", 0.1)
+    monkeypatch.setattr(tenancy, "LOOK_S", 0.05)
+    both: dict[str, Any] = {**GUIDED, "weights": {"kind": 1.0, "terse": 0.5}}
+    await serve.start("terse", TERSE)
+    readers: list[Reader] = []
+    if is_begun:
+        readers = [Reader(coordinator, seed=seed, **both) for seed in range(2)]
+        for reader in readers:
+            await reader.begun()
+    for name in asleep:
+        await serve.kill(only(serve, name))
+    readers += [Reader(coordinator, seed=seed, **both) for seed in range(len(readers), 3)]
+    waking = asyncio.create_task(wake(serve, dict.fromkeys(asleep)))
+    for seed, reader in enumerate(readers):
+        check(await reader.tokens(), seed, both["weights"])
+    await waking
+    await until(lambda: not any(serve.load(only(serve, name)) for name in ("base", "kind", "terse")))
+
+
+async def wake(serve: LocalServe, asleep: dict[str, None]) -> None:
+    """Start models for which somebody has waited for a while, as Serve's autoscaling does."""
+    loop = asyncio.get_running_loop()
+    since = dict.fromkeys(asleep, loop.time())
+    while asleep:
+        await asyncio.sleep(0.02)
+        for name in list(asleep):
+            if not serve.num_waiting[name]:
+                since[name] = loop.time()
+            elif loop.time() - since[name] > 0.4:
+                del asleep[name]
+                await serve.start(name, {"base": BASE, "kind": KIND, "terse": TERSE}[name])
 
 
 async def test_a_replica_that_hangs_is_killed_and_replaced(serve: LocalServe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Text comes out whole: no half characters, nothing of a stop string, nothing lost."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -25,8 +26,10 @@ def byte_tokenizer() -> Tokenizer:
 BYTES = byte_tokenizer()
 
 
-def write(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], bool]:
-    writer = TextWriter(tokenizer, [], stop)
+def write(
+    tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str] = (), **options: Any
+) -> tuple[list[str], bool]:
+    writer = TextWriter(tokenizer, [], stop, **options)
     pieces = []
     for token in tokens:
         pieces.append(writer.append(token))
@@ -178,6 +181,49 @@ def test_a_stop_string_may_name_a_special_token(
     writer = TextWriter(fast.backend_tokenizer, fast("hi").input_ids, stop)
     assert "".join([*map(writer.append, fast.convert_tokens_to_ids(answer)), writer.finish()]) == text
     assert writer.is_stopped == is_stopped
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ([], " The<turn> The"),
+        (["<turn>"], " The"),
+        (["urn> T"], " The<t"),
+        (["A"], " The<turn> The"),
+    ],
+)
+@pytest.mark.parametrize("includes_stop", [False, True])
+def test_special_tokens_may_be_text(stop: list[str], text: str, includes_stop: bool) -> None:
+    fast = tiny.spacing_tokenizer("first")
+    prompt = fast("hi").input_ids
+    writer = TextWriter(fast.backend_tokenizer, prompt, stop, shows_special=True, includes_stop=includes_stop)
+    pieces = [writer.append(token) for token in fast.convert_tokens_to_ids(["▁The", "<turn>", "▁The"])]
+    ending = stop[0] if writer.is_stopped and includes_stop else ""
+    assert "".join([*pieces, writer.finish()]) == text + ending
+
+
+@given(st.text("abc", max_size=40), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_the_stop_string_may_be_part_of_the_text(text: str, stop: list[str]) -> None:
+    tokens = CHARACTERS.encode(text).ids
+    without, is_stopped = write(CHARACTERS, tokens, stop)
+    pieces, _ = write(CHARACTERS, tokens, stop, includes_stop=True)
+    written, ending = "".join(pieces), "".join(pieces).removeprefix("".join(without))
+    assert text.startswith(written)
+    assert (ending in stop) if is_stopped else not ending
+
+
+def test_a_named_special_token_is_part_of_the_text_if_the_stop_string_is() -> None:
+    fast = tiny.spacing_tokenizer("first")
+    writer = TextWriter(fast.backend_tokenizer, fast("hi").input_ids, ["<turn>"], includes_stop=True)
+    assert "".join(map(writer.append, fast.convert_tokens_to_ids(["▁The", "<turn>"]))) == " The<turn>"
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "written"), [(0, "x"), (3, "x"), (4, "xabx"), (7, "xabxabx"), (12, "xabxabxabx")]
+)
+def test_no_stop_string_ends_a_text_that_is_too_short(min_tokens: int, written: str) -> None:
+    pieces, is_stopped = write(CHARACTERS, CHARACTERS.encode("xabxabxabx").ids, ["ab"], min_tokens=min_tokens)
+    assert ("".join(pieces), is_stopped) == (written, min_tokens < 12)
 
 
 def test_the_space_before_a_first_word_is_kept() -> None:

@@ -38,7 +38,7 @@ def filter_cases() -> list[Sampling]:
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 15.0])
 @pytest.mark.parametrize("num_tokens", [1, 2, 6, 1003])
-def test_the_floor_keeps_what_the_sorting_filters_keep(spread: float, num_tokens: int) -> None:
+def test_the_floor_and_its_end_keep_what_the_sorting_filters_keep(spread: float, num_tokens: int) -> None:
     torch.manual_seed(int(spread * 10) + num_tokens)
     rows = torch.randn(4, num_tokens) * spread
     rows[1] = rows[1].round()
@@ -48,7 +48,7 @@ def test_the_floor_keeps_what_the_sorting_filters_keep(spread: float, num_tokens
         kept = keep_likely(scores.clone(), [sampling] * 4)
         for z, scores_V, kept_V in zip(rows.numpy(), scores, kept, strict=True):
             maxima, best_block = find_best(z)
-            floor = filter_floor(
+            floor, end = filter_floor(
                 z,
                 maxima,
                 float(maxima[best_block]),
@@ -57,7 +57,8 @@ def test_the_floor_keeps_what_the_sorting_filters_keep(spread: float, num_tokens
                 sampling.top_p,
                 sampling.min_p,
             )
-            assert torch.equal(scores_V.masked_fill(scores_V < floor, -torch.inf), kept_V), sampling
+            dropped = (scores_V < floor) | ((scores_V == floor) & (torch.arange(num_tokens) >= end))
+            assert torch.equal(scores_V.masked_fill(dropped, -torch.inf), kept_V), sampling
 
 
 def finite_floats() -> Floats:

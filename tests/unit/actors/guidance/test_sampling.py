@@ -97,10 +97,45 @@ def test_a_tiny_temperature_is_as_good_as_greedy() -> None:
     assert draw(z[None], [Sampling(temperature=1e-30, seed=5)], [4], [0]).item() == z.argmax().item()
 
 
-def test_top_k_keeps_what_ties_with_the_last() -> None:
-    z = torch.tensor([1.0, 2.0, 1.0, 1.0, -9.0])
-    tokens = draw(z.expand(500, -1), [Sampling(top_k=2)] * 500, range(500), [0] * 500)
-    assert set(tokens.tolist()) == {0, 1, 2, 3}
+TIED = torch.tensor([1.0, 2.0, 1.0, 1.0, 2.0, -9.0])
+
+
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        ({"top_k": 1}, {1}),
+        ({"top_k": 2}, {1, 4}),
+        ({"top_k": 3}, {0, 1, 4}),
+        ({"top_k": 4}, {0, 1, 2, 4}),
+        ({"top_p": 1e-9}, {1}),
+        ({"top_p": 0.4}, {1, 4}),
+        ({"top_p": 0.7}, {0, 1, 4}),
+        ({"top_k": 4, "top_p": 0.8}, {0, 1, 4}),
+        ({"top_k": 3, "min_p": 0.3}, {0, 1, 4}),
+        # What is as probable as the best, is at least as probable.
+        ({"min_p": 1.0}, {1, 4}),
+        ({"min_p": 0.3}, {0, 1, 2, 3, 4}),
+    ],
+)
+def test_of_tokens_that_tie_the_lower_ones_are_kept(filters: dict[str, float], kept: set[int]) -> None:
+    tokens = draw(TIED.expand(900, -1), [Sampling(**filters)] * 900, range(900), [0] * 900)  # type: ignore[arg-type]
+    assert set(tokens.tolist()) == kept
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-9}, {"top_k": 1, "top_p": 0.5, "min_p": 1.0}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
+def test_a_filter_that_keeps_one_token_is_greedy_where_logits_tie(
+    filters: dict[str, float], dtype: torch.dtype, temperature: float
+) -> None:
+    torch.manual_seed(3)
+    rows = torch.randn(200, 999).to(dtype) * 0.5
+    rows[:, 500:] = rows[:, :499].flip(-1)
+    one = Sampling(temperature=temperature, seed=1, **filters)  # type: ignore[arg-type]
+    assert torch.equal(
+        draw(rows, [one] * 200, range(200), [0] * 200),
+        draw(rows, [Sampling(temperature=0)] * 200, range(200), [0] * 200),
+    )
 
 
 def test_seeds_beyond_64_bits_count_by_their_low_64() -> None:

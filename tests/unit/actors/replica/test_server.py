@@ -109,8 +109,8 @@ async def test_a_prompt_that_cannot_be_taken_is_refused(server: ModelServer, tex
     items = [item async for item in server.lease(request("c", "s", text))]
     assert len(items) == 1
     assert isinstance(items[0], Refusal)
-    assert says in items[0].message
-    assert items[0].field == "prompt"
+    assert says in str(items[0].error)
+    assert items[0].error.field == "prompt"
 
 
 @pytest.mark.parametrize("text", ["hello<added>", "<added>", "a<added><added>b", "<other>"])
@@ -121,12 +121,12 @@ async def test_a_token_that_the_model_has_no_embedding_for_is_refused(
     fast = tiny.tokenizer(80)
     fast.add_tokens(["<added>"])
     fast.add_special_tokens({"additional_special_tokens": ["<other>"]})
-    monkeypatch.setattr(server, "_encoder", PromptEncoder(fast, template))
+    monkeypatch.setattr(server, "_encoder", PromptEncoder(fast, template, split_special_tokens=False))
     [item] = [item async for item in server.lease(request("c", "s", text))]
     assert isinstance(item, Refusal)
-    assert item.field == "prompt"
-    assert "id 8" in item.message
-    assert "80 tokens" in item.message
+    assert item.error.field == "prompt"
+    assert "id 8" in str(item.error)
+    assert "80 tokens" in str(item.error)
     if template is None:
         # What is spelled by tokens that the model has is taken.
         async with leased(server, "c", "s", "hello added"):
@@ -149,8 +149,8 @@ async def test_a_prompt_that_fails_is_refused_at_once_and_holds_nothing(
     items = [item async for item in server.lease(request("c", "s", text))]
     assert len(items) == 1
     assert isinstance(items[0], Refusal)
-    assert items[0].field == "prompt"
-    assert "Traceback" not in items[0].message
+    assert items[0].error.field == "prompt"
+    assert "Traceback" not in str(items[0].error)
     assert server._leases == {}
 
 

@@ -6,9 +6,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from actors.training.derive import (
+    adapter_reach,
     add_adapter,
     cut_layers,
     merge_adapter,
@@ -161,6 +165,18 @@ def test_a_merged_adapter_computes_what_peft_computes(tmp_path: Path) -> None:
         torch.testing.assert_close(merged(TOKENS).logits, unmerged, rtol=1e-4, atol=1e-4)
     assert (unmerged - plain).abs().max() > 0.1
     assert type(merged) is type(llama())
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("build", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+def test_an_adapter_reaches_all_projections_as_is_said(build: Any) -> None:
+    model = build()
+    assert adapter_reach(model) == 1
+    projections = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
+    wrapped = [module for module in add_adapter(model, rank=1, seed=0).modules() if isinstance(module, LoraLayer)]
+    assert {id(module.get_base_layer().weight) for module in wrapped} == projections - {
+        id(model.get_output_embeddings().weight)
+    }
 
 
 def test_only_the_adapter_is_trained() -> None:

@@ -48,6 +48,20 @@ def test_messages_go_through_the_template_up_to_where_the_answer_begins() -> Non
     assert encoded.response == [*tokens("cd\n"), 0]
 
 
+@pytest.mark.parametrize("read", ["m['content'][0]['text']", "m['content'] | map(attribute='text') | join"])
+def test_a_template_that_reads_parts_gets_them_for_prompts_and_responses(read: str) -> None:
+    fast = tokenizer()
+    fast.chat_template = (
+        f"{{% for m in messages %}}{{{{ m['role'] }}}}: {{{{ {read} }}}}<end>{{% endfor %}}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    [encoded] = ResponseEncoder(fast, TokenLimits()).texts(
+        [Text(prompt=[*MESSAGES, REPLY, *MESSAGES], response=Response(text="cd"), row=1)]
+    )
+    assert encoded.prompt == tokens("user: hi<end>assistant: yes<end>user: hi<end>assistant: ")
+    assert encoded.response == [*tokens("cd"), 0]
+
+
 def test_what_a_template_puts_after_the_end_of_a_turn_is_not_learnt() -> None:
     with_end = tokenizer()
     with_end.chat_template = (

@@ -332,7 +332,7 @@ def test_one_run_at_a_time_writes_the_answers(prefer: Prefer, folder: Path, caps
     ("options", "told"),
     [
         (["--samples", "1"], "--samples: at least 2, not 1"),
-        (["--max-tokens", "0"], "--max-tokens: Input should be greater than or equal to 1"),
+        (["--max-tokens", "0"], "--max-tokens: 0 tokens are no answer"),
         (["--temperature", "0"], "--temperature: at least 0.01, not 0.0"),
         (["--temperature", "nan"], "--temperature"),
         (["--margin", "-1"], "--margin: at least 0"),

@@ -2,12 +2,22 @@
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.exceptions import OutOfMemoryError
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GraniteMoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen3MoeConfig,
+)
 
 from actors.training.data import Pair, Response
 from actors.training.derive import choose_layers
@@ -124,6 +134,44 @@ def test_the_report_says_what_was_kept_and_what_was_not(model: str, data: Callab
     assert "1 left out: prompts of more than 20 tokens" in report
     assert "40 examples" in report
     assert kept_back == []
+
+
+MIXTURE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    "bos_token_id": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "reach"),
+    [
+        (LlamaConfig(**MIXTURE), 100),
+        (GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=97, tie_word_embeddings=False), 100),
+        (GraniteMoeConfig(**MIXTURE, num_local_experts=4, num_experts_per_tok=2), 11),
+        (MixtralConfig(**MIXTURE, num_local_experts=4), 11),
+        (Qwen3MoeConfig(**MIXTURE, num_experts=2, moe_intermediate_size=16, mlp_only_layers=[0]), 77),
+        (OlmoeConfig(**MIXTURE, num_experts=8), 6),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, int) else "",
+)
+def test_what_an_adapter_reaches_is_said_and_little_is_warned_of(
+    tmp_path: Path, data: Callable[[list[Any]], str], config: Any, reach: int
+) -> None:
+    path = save(AutoModelForCausalLM.from_config(config), tmp_path / "mixture")
+    report = "\n".join(train.prepare(options_of(path, data(ROWS)))[0].data)
+    share = re.search(r"the adapter, of rank 8, reaches (\d+)% of the weights of the layers", report)
+    assert share
+    assert abs(int(share[1]) - reach) <= 6
+    assert ("WARNING" in report) == (reach < 50)
+    assert ("--full trains all weights" in report) == (reach < 50)
+    assert "adapter" not in "\n".join(train.prepare(options_of(path, data(ROWS), "--full"))[0].data)
 
 
 @pytest.mark.parametrize(

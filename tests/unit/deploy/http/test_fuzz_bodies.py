@@ -27,12 +27,14 @@ def application() -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest) -> dict[str, Any]:
-        parse_request(GUIDANCE, request.fields(), 60)
+        for fields in request.requests(GUIDANCE.profiles):
+            parse_request(GUIDANCE, fields, 60)
         return {}
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: ChatCompletionRequest) -> dict[str, Any]:
-        parse_request(GUIDANCE, request.fields(), 60)
+        for fields in request.requests(GUIDANCE.profiles):
+            parse_request(GUIDANCE, fields, 60)
         return {}
 
     return app

@@ -8,13 +8,15 @@ import pytest
 
 from actors.api import Piece
 from cluster.errors import ReplicaLost
-from deploy.http.openai_schema import Answer, ChatCompletionRequest, CompletionRequest
+from deploy.http.openai_answer import Answer
+from deploy.http.openai_schema import ChatCompletionRequest, CompletionRequest, StreamOptions
 from deploy.http.responses import stream_events
+from deploy.http.several import Batch
 from deploy.jobs.batch.lines import to_json
 
 BREAKS = ["\x85", "\u2028", "\u2029", "\n", "\r\n", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
 REQUESTS: list[CompletionRequest | ChatCompletionRequest] = [
-    CompletionRequest(model="m", prompt="hi"),
+    CompletionRequest.model_validate({"model": "m", "prompt": "hi"}),
     ChatCompletionRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "hi"}]}),
 ]
 
@@ -30,14 +32,14 @@ def piece(text: str, *, is_last: bool) -> Piece:
 
 
 async def events(request: CompletionRequest | ChatCompletionRequest, texts: list[str], error: str = "") -> str:
-    async def rest() -> AsyncGenerator[list[Piece], None]:
+    async def rest() -> AsyncGenerator[Batch, None]:
         for text in texts[1:]:
-            yield [piece(text, is_last=text is texts[-1] and not error)]
+            yield [(0, piece(text, is_last=text is texts[-1] and not error))]
         if error:
             raise ReplicaLost(error)
 
-    first = [piece(texts[0], is_last=False)]
-    return "".join([part async for part in stream_events(Answer(request), first, rest(), with_usage=False)])
+    first: Batch = [(0, piece(texts[0], is_last=False))]
+    return "".join([part async for part in stream_events(Answer(request), first, rest())])
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=["completion", "chat"])
@@ -71,3 +73,25 @@ def test_nor_one_of_a_line_of_results(character: str) -> None:
     line = to_json(value).decode()
     assert line.splitlines() == [line]
     assert json.loads(line) == value
+
+
+async def test_a_stream_that_waits_shows_that_it_is_alive() -> None:
+    async def rest() -> AsyncGenerator[Batch, None]:
+        yield []
+        yield [(0, piece("a", is_last=True))]
+
+    sent = [part async for part in stream_events(Answer(REQUESTS[0]), [], rest())]
+    assert sent[:2] == [": waiting\n\n"] * 2
+    assert sent[2].startswith("data: {")
+    assert sent[2].endswith("data: [DONE]\n\n")
+
+
+async def test_every_chunk_may_say_how_many_tokens_there_are() -> None:
+    async def rest() -> AsyncGenerator[Batch, None]:
+        yield [(0, piece("b", is_last=True))]
+
+    options = StreamOptions(continuous_usage_stats=True, include_usage=True)
+    events = stream_events(Answer(REQUESTS[0]), [(0, piece("a", is_last=False))], rest(), options=options)
+    chunks = [json.loads(line[6:]) for part in [e async for e in events] for line in part.split("\n\n") if "{" in line]
+    assert [chunk["usage"]["total_tokens"] for chunk in chunks] == [2, 2, 2]
+    assert [len(chunk["choices"]) for chunk in chunks] == [1, 1, 0]

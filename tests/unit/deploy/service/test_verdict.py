@@ -20,7 +20,7 @@ Config = dict[str, Any]
 def config(tmp_path: Path) -> Config:
     """A service over a tiny model, without guides."""
     model = tiny.save(tiny.llama(), tmp_path / "model")
-    guidance = {"guides": [], "profiles": {}}
+    guidance: Config = {"guides": [], "profiles": {}}
     return {
         "http_options": {"host": "127.0.0.1"},
         "applications": [
@@ -105,7 +105,8 @@ def test_a_model_of_a_hub_is_checked_each_time(config: Config) -> None:
 
 
 def test_what_is_no_deploy_yaml_has_a_digest_too() -> None:
-    for config in (None, [], "text\0", {"applications": 3}, {"applications": [None, {"args": []}]}):
+    configs: list[Any] = [None, [], "text\0", {"applications": 3}, {"applications": [None, {"args": []}]}]
+    for config in configs:
         assert digest_of(config, {}) is not None
 
 

@@ -1,6 +1,7 @@
 """What the guard lets through, and how it answers what it does not."""
 
 import asyncio
+import gzip
 import json
 import logging
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from starlette.types import Message, Receive, Scope, Send
 
 from actors.coordinator.admission import UNNAMED, Caller
@@ -57,6 +59,7 @@ class Client:
         *,
         path: str = "/v1/completions",
         headers: Sequence[tuple[bytes, bytes]] = (JSON,),
+        method: str = "POST",
     ) -> tuple[int, dict[str, Any], dict[bytes, bytes]]:
         """Send a body in parts, None for a client that leaves; return status, answer and headers."""
         messages = [
@@ -76,11 +79,12 @@ class Client:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        scope = {"type": "http", "path": path, "method": "POST", "headers": headers, "client": ("10.0.0.9", 4)}
+        scope = {"type": "http", "path": path, "method": method, "headers": headers, "client": ("10.0.0.9", 4)}
         await self._guard(scope, receive, send)
         if not sent:
             return 0, {}, {}
-        return sent[0]["status"], json.loads(sent[1]["body"]), dict(sent[0]["headers"])
+        body = sent[1]["body"]
+        return sent[0]["status"], json.loads(body) if body.startswith(b"{") else {}, dict(sent[0]["headers"])
 
 
 @pytest.fixture
@@ -234,3 +238,62 @@ def test_a_place_comes_by_and_by_and_at_the_latest_after_a_second() -> None:
     assert max(pace.take() for _ in range(100)) == 1.0
     now += 60
     assert [pace.take() for _ in range(10)] == [0.0] * 10
+
+
+GZIP = (b"content-encoding", b"gzip")
+
+
+async def test_a_body_may_be_compressed(client: Client) -> None:
+    body = b'{"a": "' + b"x" * 1000 + b'"}'
+    assert (await client.ask([gzip.compress(body)], headers=(JSON, GZIP)))[0] == 200
+    assert client.application.seen == [(UNNAMED, body)]
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "status", "says"),
+    [
+        (b"{}", b"gzip", 400, "not gzip, as Content-Encoding says"),
+        (gzip.compress(b"{}")[:-3], b"gzip", 400, "ends too early or late"),
+        (gzip.compress(b"{}") + b"x", b"gzip", 400, "ends too early or late"),
+        (gzip.compress(b" " * 2**20 + b"{}"), b"gzip", 413, "more than 2,048 bytes"),
+        (gzip.compress(b"\xff"), b"gzip", 400, "not UTF-8"),
+        (b"{}", b"br", 415, "Content-Encoding must be gzip"),
+    ],
+)
+async def test_what_a_compressed_body_cannot_be(
+    client: Client, body: bytes, encoding: bytes, status: int, says: str
+) -> None:
+    got, answer, _ = await client.ask([body], headers=(JSON, (b"content-encoding", encoding)))
+    assert got == status
+    assert says in answer["error"]["message"]
+    assert client.application.seen == []
+
+
+ORIGIN = (b"origin", b"https://chat.example.org")
+PREFLIGHT = (ORIGIN, (b"access-control-request-method", b"POST"), (b"access-control-request-headers", b"authorization"))
+
+
+async def test_pages_of_named_origins_may_ask(tmp_path: Path) -> None:
+    keys.add(tmp_path / "keys.yaml", "alice")
+    settings = CoordinatorSettings.model_validate({**LIMITS, "http": {"cors_origins": ["https://chat.example.org"]}})
+    client = Client(Access(settings, KeyRing.of_file(tmp_path / "keys.yaml"), None))
+    status, _, headers = await client.ask(headers=PREFLIGHT, method="OPTIONS")
+    assert (status, headers[b"access-control-allow-origin"]) == (200, ORIGIN[1])
+    assert headers[b"access-control-allow-headers"] == b"authorization"
+    status, _, headers = await client.ask(headers=(JSON, ORIGIN))
+    assert (status, headers[b"access-control-allow-origin"]) == (401, ORIGIN[1]), "the page may read why"
+    stranger = (b"origin", b"https://example.com")
+    status, _, headers = await client.ask(headers=(stranger, *PREFLIGHT[1:]), method="OPTIONS")
+    assert status == 400
+    assert b"access-control-allow-origin" not in headers
+
+
+async def test_unless_an_origin_is_named_no_page_of_another_may_ask(client: Client) -> None:
+    _, _, headers = await client.ask(headers=(JSON, ORIGIN))
+    assert b"access-control-allow-origin" not in headers
+
+
+@pytest.mark.parametrize("origin", ["chat.example.org", "https://chat.example.org/", ""])
+def test_what_is_no_origin_is_refused(origin: str) -> None:
+    with pytest.raises(ValidationError, match=r"http\.cors_origins\.0"):
+        CoordinatorSettings.model_validate({"http": {"cors_origins": [origin]}})

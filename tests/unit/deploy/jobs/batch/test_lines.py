@@ -45,12 +45,12 @@ def test_weights_may_be_spelt_as_in_http() -> None:
         (b'"x"', None, "object"),
         (b"{}", None, "prompt or messages"),
         (b'{"prompt": "x", "messages": []}', None, "prompt or messages"),
-        (b'{"prompt": "x", "logprobs": 1}', "logprobs", "not supported"),
-        (b'{"prompt": "x", "max_tokens": 0}', "max_tokens", "greater than or equal to 1"),
+        (b'{"prompt": "x", "suffix": "y"}', "suffix", "not supported"),
+        (b'{"prompt": "x", "max_tokens": 0}', "max_tokens", "0 tokens are no answer"),
         (b'{"prompt": "x", "seed": "1"}', "seed", "integer"),
         (b'{"prompt": "x", "id": true}', "id", "string"),
         (b'{"prompt": "x", "weights": {}, "guidance": {"weights": {}}}', None, "not both"),
-        (b'{"prompt": "x", "guidance": {"weight": {}}}', "guidance", "missing"),
+        (b'{"prompt": "x", "guidance": {"weight": {}}}', "guidance.weight", "not supported"),
     ],
 )
 def test_a_bad_line_says_why(raw: bytes, field: str | None, told: str) -> None:

@@ -170,7 +170,7 @@ def test_a_terminal_gets_a_bar_with_done_failed_and_total() -> None:
     ("option", "value", "told"),
     [
         ("--concurrency", "0", "at least 1"),
-        ("--max-tokens", "0", "--max-tokens: Input should be greater than or equal to 1"),
+        ("--max-tokens", "0", "--max-tokens: 0 tokens are no answer"),
         ("--temperature", "nan", "--temperature"),
         ("--weights", "kind", "not JSON"),
         ("--weights", '{"kind": NaN}', "--weights.kind"),
