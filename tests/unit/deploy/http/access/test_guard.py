@@ -17,9 +17,9 @@ from actors.coordinator.admission import UNNAMED, Caller
 from actors.settings import CoordinatorSettings
 from cluster.errors import InvalidConfiguration
 from deploy.cli import keys
-from deploy.http.access import Access, Guard, caller_of
 from deploy.http.access.body import MAX_DEPTH, depth
 from deploy.http.access.exposure import Ports
+from deploy.http.access.guard import Access, Guard, caller_of
 from deploy.http.access.keys import KeyRing
 from deploy.http.access.pace import Pace
 
