@@ -36,7 +36,7 @@ from cluster.exchange import StepStream
 from cluster.tls import Tls
 
 COMPILE_S = 10.0
-"""For a grammar, the first one of a base included."""
+"""For a grammar, once it is its turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,9 @@ class KnownBase:
         Raises:
             InvalidRequest: there is no such grammar, or it takes too long.
         """
-        compiled = asyncio.get_running_loop().run_in_executor(self.compiling, self.grammars.mask, form)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self.compiling, self.grammars.prepare)
+        compiled = loop.run_in_executor(self.compiling, self.grammars.mask, form)
         try:
             async with asyncio.timeout(COMPILE_S) as limit:
                 return await compiled

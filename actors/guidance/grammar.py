@@ -56,6 +56,16 @@ class Grammars:
         self._compiler: Any = None
         self._num_tokens = 0
 
+    def prepare(self) -> None:
+        """Import the compiler and give it the tokens, once: seconds that no grammar is to blame for."""
+        if self._compiler is None:
+            import xgrammar
+
+            tokens = self._spell()
+            self._num_tokens = len(tokens)
+            info = xgrammar.TokenizerInfo(tokens, stop_token_ids=sorted(self._end_tokens))
+            self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=CACHE_BYTES)
+
     def mask(self, form: Format) -> GrammarMask:
         """Return the mask of an answer's first token.
 
@@ -69,13 +79,7 @@ class Grammars:
             raise InvalidRequest(f"{form.kind}: {_reason(error)}") from error
 
     def _compile(self, form: Format) -> Any:
-        import xgrammar
-
-        if self._compiler is None:
-            tokens = self._spell()
-            self._num_tokens = len(tokens)
-            info = xgrammar.TokenizerInfo(tokens, stop_token_ids=sorted(self._end_tokens))
-            self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=CACHE_BYTES)
+        self.prepare()
         match form.kind:
             case "json":
                 return self._compiler.compile_json_schema(form.text, max_whitespace_cnt=MAX_WHITESPACE)
