@@ -10,12 +10,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: serve test fuzz chaos bench check format models proto clean
 
-# The service in the foreground, on http://127.0.0.1:8000, which must be free; Ctrl-C ends it. The first variable has Serve's proxy talk gRPC
-# to the gateway, which halves what a streamed token costs; with the second, Serve kills what fails its health checks
-# instead of waiting `drain_s` for it. A cluster that runs already keeps what it was started with.
-serve: $(VENV)/installed models
-	$(BIN)/python -m deploy.check deploy.yaml
-	RAY_SERVE_PROXY_USE_GRPC=1 RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS=1 $(BIN)/python -m deploy.start deploy.yaml
+# The service in the foreground, on http://127.0.0.1:8000, which must be free; Ctrl-C ends it. Makes the models first.
+serve: $(VENV)/installed
+	$(BIN)/trimtab serve deploy.yaml
 
 # The whole test suite, units in as many processes as there are cores. TESTS="tests/unit" runs a part of it.
 TESTS ?= tests/unit tests/cluster
@@ -57,7 +54,7 @@ format: $(VENV)/installed-dev
 
 # The base model and the shipped guides, into models/; skips what is there.
 models: $(VENV)/installed
-	$(BIN)/python -m deploy.models
+	$(BIN)/trimtab models
 
 # The step protocol's generated code.
 proto: $(VENV)/installed-dev

@@ -18,7 +18,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from ray.serve.schema import RayActorOptionsSchema
 
 from cluster.errors import InvalidConfiguration
 
@@ -28,6 +27,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 NO_GUIDANCE = "base"
 """The profile that every service has: the base model alone. Also what the base is called beside guides, so that no
 guide can have the name."""
+
+DEFAULT_CACHE_TOKENS = 16_384
+"""Of all sequences of a model together, where `max_context` is not more."""
 
 MAX_WEIGHT = 1000.0
 """Largest weight of a guide, either way: far beyond any use, and far from float32's overflow."""
@@ -70,6 +72,11 @@ class Resources(Settings):
     @field_validator("labels")
     @classmethod
     def _check_labels(cls, labels: dict[str, str]) -> dict[str, str]:
+        if not labels:
+            return labels
+        # Only here: what reads settings without labels need not import Ray.
+        from ray.serve.schema import RayActorOptionsSchema
+
         try:
             RayActorOptionsSchema(label_selector=labels)
         except ValidationError as error:
@@ -235,7 +242,7 @@ class SecuritySettings(Settings):
     """Who may use the service over HTTP."""
 
     keys_file: str | None = None
-    """The API keys, as `python -m deploy.keys` keeps them: a path, relative to the checkout or absolute, that every
+    """The API keys, as `trimtab keys` keeps them: a path, relative to the checkout or absolute, that every
     gateway can read. In its place the variable TRIMTAB_KEYS may hold the file's text. With neither, nobody needs a key,
     and the service serves loopback addresses only."""
 

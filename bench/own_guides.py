@@ -2,9 +2,9 @@
 
     python -m bench.own_guides --answers FILE --output DIR
 
-The answers are those that deploy.prefer keeps. Each chosen response is an answer that was changed, and the rejected one
-the answer itself; in the fourth set a coin chooses between two answers, which no guide can learn. The functions are
-rewards for deploy.evaluate (`bench/own_guides.yaml`), which counts what became of it.
+The answers are those that trimtab prefer keeps. Each chosen response is an answer that was changed, and the rejected
+one the answer itself; in the fourth set a coin chooses between two answers, which no guide can learn. The functions are
+rewards for trimtab evaluate (`bench/own_guides.yaml`), which counts what became of it.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def pairs(name: str, lines: list[AnswersLine]) -> Iterator[dict[str, object]]:
 def main() -> None:
     """Write the four sets."""
     parser = argparse.ArgumentParser(prog="python -m bench.own_guides", description=__doc__.splitlines()[0])
-    parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help="that deploy.prefer keeps")
+    parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help="that trimtab prefer keeps")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a file a set")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)

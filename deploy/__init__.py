@@ -2,5 +2,5 @@
 
 from pathlib import Path
 
-# `python -m deploy.train` runs `deploy/cli/train.py`.
+# For one release more `python -m deploy.train` runs `deploy/cli/train.py`, which names `trimtab train`.
 __path__.append(str(Path(__file__).parent / "cli"))

@@ -312,7 +312,7 @@ def _weight(request: Generation, name: str, lease: Lease) -> float:
         weight = lease.recommended_weight
     if weight is None:
         raise InvalidRequest(
-            f"weights.{name}: 'auto' needs a guide that was calibrated (`python -m deploy.calibrate`); give a number",
+            f"weights.{name}: 'auto' needs a guide that was calibrated (`trimtab calibrate`); give a number",
             "weights",
         )
     return weight

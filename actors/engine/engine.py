@@ -21,9 +21,8 @@ from actors.engine.models.verification import own_logits, verify
 from actors.engine.passes.forward import make_forward_pass
 from actors.engine.work import PlacedWork, Work
 from actors.guidance.lm_head import OutputFunction
+from actors.settings import DEFAULT_CACHE_TOKENS
 from cluster.errors import EngineError, InvalidConfiguration
-
-DEFAULT_CACHE_TOKENS = 16_384
 
 
 @dataclass(slots=True)

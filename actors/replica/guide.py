@@ -59,6 +59,6 @@ def _recommended_weight(model: str) -> float | None:
         calibration = read_calibration(Path(model))
     except ValueError as error:
         raise InvalidConfiguration(
-            f"{Path(model) / FILE} cannot be read: {error}; make it anew with `python -m deploy.calibrate`"
+            f"{Path(model) / FILE} cannot be read: {error}; make it anew with `trimtab calibrate`"
         ) from error
     return None if calibration is None else calibration.weight

@@ -1,1 +1,1 @@
-"""The commands: `python -m deploy.NAME` runs the module of that name."""
+"""The command line: `trimtab NAME` runs `NAME.py`, as `options/NAME.py` reads what it is told."""

@@ -1,10 +1,9 @@
-"""Finds the weight that a guide bears: `python -m deploy.calibrate --guide DIR --base DIR`.
+"""Finds the weight that a guide bears: `trimtab calibrate --guide DIR --base DIR`.
 
 Answers kept-back prompts at several weights, on Ray workers and without a service, and writes what it finds into the
-guide's directory: `calibration.json`, a picture, and a section of its card. `deploy.train` ends with it.
+guide's directory: `calibration.json`, a picture, and a section of its card. `trimtab train` ends with it.
 """
 
-import argparse
 import functools
 import hashlib
 import itertools
@@ -37,16 +36,15 @@ from actors.training.derive import scale_guide
 from actors.training.rewards import Reward, load_reward, score
 from actors.training.run import SETTINGS
 from actors.vocabularies import end_tokens, load_tokenizer
-from cluster.errors import InvalidConfiguration, InvalidRequest, TrimtabError
+from cluster.errors import InvalidConfiguration, InvalidRequest
+from deploy.cli.options.calibrate import COMMAND, MAX_TOKENS, NUM_ANSWERS, VALIDATION_PROMPTS, Options
+from deploy.cli.trimtab import old_way
+from deploy.jobs.outcome import BadOutcome
 from deploy.jobs.prefer.answers import Asked, read_prompts
-from deploy.jobs.training.run import choose_dtype, exit_status
+from deploy.jobs.progress import busy
+from deploy.jobs.training.run import choose_dtype
 
 PICTURE = "calibration.png"
-VALIDATION_PROMPTS = "validation_prompts.jsonl"
-"""Beside a guide that `deploy.train` made: the prompts that it was not trained on."""
-
-NUM_ANSWERS = 12
-MAX_TOKENS = 256
 SECTION = "## Weights"
 
 
@@ -86,7 +84,8 @@ def calibrate(settings: Settings) -> Calibration:
     num_workers = max(1, min(len(asked), int(ray.cluster_resources().get("CPU", 1))))
     shares = [asked[start::num_workers] for start in range(num_workers)]
     work = ray.remote(num_cpus=1, num_gpus=1 if settings.device == "cuda" else 0, max_calls=1)(_observe)
-    found = ray.get([work.remote(settings, share) for share in shares])
+    with busy(f"answering {len(asked)} prompts at {1 + len(settings.weights)} weights"):
+        found = ray.get([work.remote(settings, share) for share in shares])
     observed = [
         replace(answer, prompt=start + num_workers * answer.prompt)
         for start, of_worker in enumerate(found)
@@ -246,11 +245,11 @@ def weights_for(guide: Path) -> tuple[float, ...]:
     return WEIGHTS_UNDER_BASE if settings.get("objective") == "guided" else WEIGHTS_ALONE
 
 
-def settings_from(options: argparse.Namespace) -> Settings:
+def settings_from(options: Options) -> Settings:
     """Return what the command line asks for.
 
     Raises:
-        InvalidConfiguration: a model, a file or a number cannot be used.
+        InvalidConfiguration: a model or a file cannot be used.
     """
     try:
         guide = Path(locate_model(str(options.guide.resolve())))
@@ -260,21 +259,11 @@ def settings_from(options: argparse.Namespace) -> Settings:
     prompts = options.prompts or guide / VALIDATION_PROMPTS
     if not prompts.is_file():
         raise InvalidConfiguration(f"--prompts: there is no file {prompts}; name one with messages or prompt on a line")
-    try:
-        weights = tuple(sorted({float(weight) for weight in options.weights.split(",")})) if options.weights else None
-    except ValueError as error:
-        raise InvalidConfiguration(f"--weights: {options.weights!r} is no list such as 0.5,1,1.5") from error
-    if weights and weights[0] <= 0:
-        raise InvalidConfiguration(f"--weights: {weights[0]:g} is not above 0; the base alone is looked at anyway")
-    if options.answers < 1 or options.max_tokens < 1:
-        raise InvalidConfiguration("--answers and --max-tokens are 1 or more")
-    if options.temperature <= 0 or not 0 < options.top_p <= 1:
-        raise InvalidConfiguration("--temperature is above 0, and --top-p above 0 and at most 1")
     return Settings(
         guide=guide,
         base=base,
         prompts=prompts,
-        weights=weights or weights_for(guide),
+        weights=options.chosen_weights or weights_for(guide),
         reward=options.reward,
         num_answers=options.answers,
         max_tokens=options.max_tokens,
@@ -286,7 +275,14 @@ def settings_from(options: argparse.Namespace) -> Settings:
     )
 
 
-def _run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
+    """Calibrate the guide, and say what was found.
+
+    Raises:
+        BadOutcome: no weight can be recommended.
+        InvalidConfiguration: it cannot be started.
+        RayError: a worker died.
+    """
     settings = settings_from(options)
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
     started_at = time.monotonic()
@@ -294,38 +290,13 @@ def _run(options: argparse.Namespace) -> None:
     print("\n".join(section(calibration)[2:-2]))
     print(f"{settings.guide / FILE} is written ({time.monotonic() - started_at:.0f} s)")
     if not calibration.is_sound:
-        raise TrimtabError("no weight that was looked at leaves the answers sound; try smaller ones with --weights")
+        raise BadOutcome("no weight that was looked at leaves the answers sound; try smaller ones with --weights")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the process's exit status: 0, or 2 if no weight can be recommended."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.calibrate",
-        description="Find the weight that a guide bears: KL, reward, ends and variety of answers at several weights.",
-        epilog="Exit status: 0 if a weight can be recommended, 2 if not.",
-    )
-    parser.add_argument("--guide", type=Path, required=True, metavar="DIR", help="directory of the guide")
-    parser.add_argument("--base", required=True, help="directory or hub id of the model that it steers")
-    parser.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help=f"JSON Lines with messages or prompt (the guide's {VALIDATION_PROMPTS})",
-    )
-    parser.add_argument("--reward", metavar="MODULE:FUNCTION", help="what the guide is to raise (none)")
-    parser.add_argument("--weights", metavar="LIST", help="such as 0.5,1,1.5 (by how the guide was trained)")
-    parser.add_argument("--answers", type=int, default=NUM_ANSWERS, metavar="N", help=f"at each weight ({NUM_ANSWERS})")
-    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help=f"of an answer ({MAX_TOKENS})")
-    parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="(0.7)")
-    parser.add_argument("--top-p", type=float, default=0.9, metavar="P", help="(0.9)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(auto)")
-    parser.add_argument("--seed", type=int, default=0, help="(0)")
-    parser.add_argument(
-        "--scale", action="store_true", help="multiply the guide's logits so that the recommended weight becomes 1"
-    )
-    options = parser.parse_args(arguments)
-    return exit_status("deploy.calibrate", lambda: _run(options))
+    """Return the process's exit status: 0, 1 if no weight can be recommended, 2 if nothing was started."""
+    return COMMAND.main(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(old_way("calibrate"))

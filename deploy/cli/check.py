@@ -1,36 +1,45 @@
-"""Check a deploy.yaml before anything starts: `python -m deploy.check deploy.yaml`.
+"""Checks a deploy.yaml before anything starts: `trimtab check deploy.yaml`.
 
 The first mistake is told by its path, in seconds and without loading a model. What this machine lacks is a warning,
 since other nodes may have it.
 """
 
-import argparse
-import os
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 import yaml
 
 from cluster.errors import InvalidConfiguration
-from deploy.service.capacity import Machine, shortages
-from deploy.service.check import check
-from deploy.service.port import names_a_cluster
+from deploy.cli.command import complain
+from deploy.cli.options.check import COMMAND, Options
+from deploy.cli.trimtab import old_way
+from deploy.jobs.outcome import BadOutcome
+from deploy.jobs.progress import busy
+from deploy.service.verdict import judge
 
 
-def main() -> None:
-    """Check the file named on the command line; exit 1 with the first mistake."""
-    parser = argparse.ArgumentParser(description="Check a deploy.yaml without starting anything.")
-    parser.add_argument("file", type=Path)
-    file = parser.parse_args().file
+def run(options: Options) -> None:
+    """Say whether the file is fine, and what this machine lacks.
+
+    Raises:
+        BadOutcome: there is a mistake in it.
+        OSError: it cannot be read.
+    """
+    file = options.file
     try:
-        schema, settings = check(yaml.safe_load(file.read_text()))
-        warnings = [] if names_a_cluster(os.environ) else list(shortages(schema, settings, Machine.here()))
-    except (OSError, yaml.YAMLError, InvalidConfiguration) as error:
-        sys.exit(f"{file}: {error}")
+        with busy(f"checking {file}"):
+            warnings = judge(yaml.safe_load(file.read_text()))
+    except (yaml.YAMLError, InvalidConfiguration) as error:
+        raise BadOutcome(f"{file}: {error}") from error
     for warning in warnings:
-        print(f"{file}: warning: {warning}", file=sys.stderr)
+        complain(COMMAND.name, f"{file}: warning: {warning}")
     print(f"{file}: fine" if not warnings else f"{file}: fine, but for what this machine lacks")
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the process's exit status: 0, 1 if there is a mistake, 2 if the file cannot be read."""
+    return COMMAND.main(arguments)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(old_way("check"))

@@ -1,11 +1,10 @@
-"""Makes prompts that end inside answers: `python -m deploy.contexts --answers FILE --model DIR --output FILE`.
+"""Makes prompts that end inside answers: `trimtab contexts --answers FILE --model DIR --output FILE`.
 
 Where a reward is one of sentences, the sentences that may come next after the same beginning are the pairs that teach
-the most (`deploy.prefer --sentence`). A beginning is the prompt as the model's template writes it, and the first
+the most (`trimtab prefer --sentence`). A beginning is the prompt as the model's template writes it, and the first
 sentences of one of its answers, or none of them; of an answer that is stuck, those up to where it has become so.
 """
 
-import argparse
 import json
 import random
 import re
@@ -17,7 +16,9 @@ from typing import Any
 from actors.prompts import Prompt, PromptEncoder
 from actors.training.repetition import longest_repeat
 from actors.vocabularies import load_tokenizer
-from cluster.errors import InvalidConfiguration, TrimtabError
+from cluster.errors import InvalidConfiguration
+from deploy.cli.options.contexts import COMMAND, Options
+from deploy.cli.trimtab import old_way
 from deploy.jobs.prefer.answers import AnswersLine
 
 SENTENCE_END = re.compile(r"[.!?](?=\s)|\n+")
@@ -66,12 +67,12 @@ def read_answers(path: Path) -> Iterator[AnswersLine]:
             yield AnswersLine.model_validate_json(raw)
         except ValueError as error:
             raise InvalidConfiguration(
-                f"{path}, line {number}: no answers as deploy.prefer keeps them ({error})"
+                f"{path}, line {number}: no answers as trimtab prefer keeps them ({error})"
             ) from error
 
 
-def run(options: argparse.Namespace) -> int:
-    """Write the prompts, and return how many there are.
+def run(options: Options) -> None:
+    """Write the prompts, and say how many there are.
 
     Raises:
         TrimtabError: the answers or the model's tokenizer cannot be used.
@@ -82,34 +83,21 @@ def run(options: argparse.Namespace) -> int:
     except InvalidConfiguration as error:
         raise InvalidConfiguration(f"--model: {error}") from error
     encoder, rng = PromptEncoder(tokenizer), random.Random(options.seed)
-    settings = {"num": options.inside, "max_characters": options.max_characters, "rng": rng}
     made = [
-        context for line in read_answers(options.answers) for context in contexts(line, encoder, tokenizer, **settings)
+        context
+        for line in read_answers(options.answers)
+        for context in contexts(
+            line, encoder, tokenizer, num=options.inside, max_characters=options.max_characters, rng=rng
+        )
     ]
     options.output.write_text("".join(json.dumps(context) + "\n" for context in made))
-    return len(made)
+    print(f"{len(made)} prompts are in {options.output}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the process's exit status: 0, or 2 if nothing was written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.contexts",
-        description="Make prompts that end inside answers, for deploy.prefer --sentence.",
-    )
-    parser.add_argument("--answers", type=Path, required=True, metavar="FILE", help="that deploy.prefer keeps")
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="whose template and tokens they have")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the prompts")
-    parser.add_argument("--inside", type=int, default=2, metavar="N", help="places inside answers to each prompt (2)")
-    parser.add_argument("--max-characters", type=int, default=500, metavar="N", help="of an answer's beginning (500)")
-    parser.add_argument("--seed", type=int, default=0, help="(0)")
-    options = parser.parse_args(arguments)
-    try:
-        print(f"{run(options)} prompts are in {options.output}")
-    except (TrimtabError, OSError) as error:
-        print(f"deploy.contexts: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return COMMAND.main(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(old_way("contexts"))

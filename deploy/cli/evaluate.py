@@ -1,20 +1,19 @@
-"""Evaluates ways of writing: `python -m deploy.evaluate evaluation.yaml --output results/evaluation`.
+"""Evaluates ways of writing: `trimtab evaluate evaluation.yaml --output results/evaluation`.
 
 Serves the plan's models, has every row's answers to held-out prompts written through the service, and reports what each
 way of writing gains and costs. What a plan may hold is in `deploy.jobs.evaluation.plan`.
 """
 
-import argparse
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ray.exceptions import RayError
-
 from actors.training.soup import average_models
-from cluster.errors import InvalidConfiguration, TrimtabError
+from cluster.errors import InvalidConfiguration
+from deploy.cli.options.evaluate import COMMAND, Options
+from deploy.cli.trimtab import old_way
 from deploy.client import AsyncClient
 from deploy.jobs.evaluation.answers import KeptAnswers
 from deploy.jobs.evaluation.checks import check_models, load_plan, load_rewards
@@ -25,12 +24,13 @@ from deploy.jobs.evaluation.report import write_report
 from deploy.jobs.evaluation.scoring import Scorer
 from deploy.jobs.evaluation.service import Cluster, cluster, service_config
 from deploy.jobs.evaluation.tables import build
+from deploy.jobs.progress import busy
 
 Kept = Mapping[str, KeptAnswers]
 
 
-def run(options: argparse.Namespace) -> Path:
-    """Write the answers that are missing, then the report, whose path is returned.
+def run(options: Options) -> None:
+    """Write the answers that are missing, then the report, and say where it is.
 
     Raises:
         InvalidConfiguration: the plan cannot be carried out; nothing was loaded.
@@ -43,15 +43,16 @@ def run(options: argparse.Namespace) -> Path:
     require_matplotlib()
     selected = _select(plan, options.only)
     check_models(plan, selected)
-    answers: Path = options.output / "answers"
+    answers = options.output / "answers"
     answers.mkdir(parents=True, exist_ok=True)
     kept = {row: KeptAnswers(answers, plan, row, prompts) for row in plan.rows if plan.written_by(row) == row}
     missing = [row for row in selected if kept[row].read() is None]
     if missing and not options.report:
         with cluster() as ray_cluster:
             _write_rows(plan, ray_cluster, {row: kept[row] for row in missing}, options.output)
-    scored = Scorer(plan, prompts, rewards).score(kept)
-    return write_report(plan, len(prompts), build(plan, prompts, scored), options.output)
+    with busy("scoring"):
+        scored = Scorer(plan, prompts, rewards).score(kept)
+    print(write_report(plan, len(prompts), build(plan, prompts, scored), options.output))
 
 
 def _select(plan: Plan, only: Sequence[str] | None) -> list[str]:
@@ -73,7 +74,8 @@ def _write_rows(plan: Plan, ray_cluster: Cluster, kept: Kept, folder: Path) -> N
         guides = {guide: plan.guide_path(guide) for row in rows for guide in plan.guides_of(row)}
         with _directory(plan, rows[0], folder) as directory:
             print(f"loading {model or 'the base'}, guides: {', '.join(guides) or 'none'}", file=sys.stderr, flush=True)
-            ray_cluster.deploy(service_config(plan, directory, guides))
+            with busy("loading"):
+                ray_cluster.deploy(service_config(plan, directory, guides))
             for row in rows:
                 kept[row].write(AsyncClient().generate)
 
@@ -97,31 +99,8 @@ def _directory(plan: Plan, row: str, folder: Path) -> Iterator[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the process's exit status: 0, or 2 if there is no report."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.evaluate",
-        description="Measure ways of writing on held-out prompts: report.md, results.json and two pictures.",
-        epilog="Answers are kept under <output>/answers: the same command goes on where a run stopped, and a changed "
-        "plan costs only the rows that changed. Relative paths in the plan start at the checkout; under `ray job "
-        "submit` that is the job's own copy, so give absolute paths there, also for --output. Exit status: 0 if there "
-        "is a report, 2 if not.",
-    )
-    parser.add_argument("plan", type=Path, help="evaluation.yaml")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for the report and the answers")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="have only these rows written")
-    parser.add_argument(
-        "--report", action="store_true", help="only make the report again, of the answers that are kept"
-    )
-    options = parser.parse_args(arguments)
-    try:
-        print(run(options))
-        return 0
-    except KeyboardInterrupt:
-        print("deploy.evaluate: stopped; the same command continues", file=sys.stderr)
-        return 130
-    except (TrimtabError, OSError, RayError) as error:
-        print(f"deploy.evaluate: {error}", file=sys.stderr)
-        return 2
+    return COMMAND.main(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(old_way("evaluate"))

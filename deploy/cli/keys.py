@@ -1,10 +1,9 @@
-"""Makes, lists and revokes the API keys in a file: `python -m deploy.keys new --name alice --file keys.yaml`.
+"""Makes, lists and revokes the API keys in a file: `trimtab keys new --name alice --file keys.yaml`.
 
 A new key is printed once; the file keeps its hash (`deploy.http.access.keys`). A running service takes the file's
 changes within a second or two.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -12,8 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 
 from cluster.errors import InvalidConfiguration
+from deploy.cli.options.keys import COMMAND, List, New, Revoke
+from deploy.cli.trimtab import old_way
 from deploy.http.access.keys import Key, Keys, digest, new_key, parse_keys
 
 
@@ -43,14 +45,18 @@ def add(file: Path, name: str, *, max_sequences: int | None = None, tokens_per_m
     """Add a key and return it.
 
     Raises:
-        InvalidConfiguration: the name is taken, or the file holds something else.
-        ValueError: a limit or the name is impossible.
+        InvalidConfiguration: the name is taken or impossible, a limit is, or the file holds something else.
     """
     keys = read(file).keys
     if name in {key.name for key in keys}:
         raise InvalidConfiguration(f"there is a key {name!r} already; revoke it first, or choose another name")
     secret = new_key()
-    key = Key(name=name, sha256=digest(secret), max_sequences=max_sequences, tokens_per_minute=tokens_per_minute)
+    try:
+        key = Key(name=name, sha256=digest(secret), max_sequences=max_sequences, tokens_per_minute=tokens_per_minute)
+    except ValidationError as error:
+        complaint = error.errors()[0]
+        option = str(complaint["loc"][0]).replace("_", "-")
+        raise InvalidConfiguration(f"--{option}: {complaint['msg']}, not {complaint['input']!r}") from error
     write(file, [*keys, key])
     return secret
 
@@ -76,32 +82,41 @@ def _describe(key: Key) -> str:
     return f"{key.name}: {', '.join(limits) or 'no limits'}"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line says; exit 1 with what is wrong."""
-    parser = argparse.ArgumentParser(description="The API keys of a service.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    new = commands.add_parser("new", help="make a key; it is printed once")
-    listing = commands.add_parser("list", help="the names and limits of all keys")
-    revoking = commands.add_parser("revoke", help="take a key away")
-    for command in (new, listing, revoking):
-        command.add_argument("--file", type=Path, required=True)
-    for command in (new, revoking):
-        command.add_argument("--name", required=True)
-    new.add_argument("--max-sequences", type=int, help="open requests, at most")
-    new.add_argument("--tokens-per-minute", type=int, help="prompts and answers together")
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "new":
-            limits = {"max_sequences": options.max_sequences, "tokens_per_minute": options.tokens_per_minute}
-            print(add(options.file, options.name, **limits))
-        elif options.command == "revoke":
-            revoke(options.file, options.name)
-        else:
-            for key in read(options.file).keys:
-                print(_describe(key))
-    except (OSError, ValueError, InvalidConfiguration) as error:
-        sys.exit(str(error))
+def run_new(options: New) -> None:
+    """Make a key and print it.
+
+    Raises:
+        InvalidConfiguration: the name is taken, a limit is impossible, or the file holds something else.
+    """
+    limits = {"max_sequences": options.max_sequences, "tokens_per_minute": options.tokens_per_minute}
+    print(add(options.file, options.name, **limits))
+
+
+def run_list(options: List) -> None:
+    """Print the names and limits of all keys.
+
+    Raises:
+        InvalidConfiguration: there is no such file, or it holds something else.
+    """
+    if not options.file.exists():
+        raise InvalidConfiguration(f"--file: there is no file {options.file}; `trimtab keys new` makes it")
+    for key in read(options.file).keys:
+        print(_describe(key))
+
+
+def run_revoke(options: Revoke) -> None:
+    """Take a key away.
+
+    Raises:
+        InvalidConfiguration: there is none of that name, or the file holds something else.
+    """
+    revoke(options.file, options.name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the process's exit status: 0, or 2 with what is wrong."""
+    return COMMAND.main(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(old_way("keys"))

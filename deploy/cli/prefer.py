@@ -1,34 +1,40 @@
-"""Makes preference pairs out of a model: `python -m deploy.prefer --prompts FILE --reward NAME --output FILE`.
+"""Makes preference pairs out of a model: `trimtab prefer --prompts FILE --reward NAME --output FILE`.
 
 Samples several answers to every prompt (`deploy.jobs.prefer.sampling`), keeps them in a file
 (`deploy.jobs.prefer.answers`), scores them with a reward function (`actors.training.rewards`) and writes pairs
 (`actors.training.preferences`).
 """
 
-import argparse
 import asyncio
 import os
 import random
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-
-from ray.exceptions import RayError
 
 from actors.training.preferences import Pairing, PairRules, pair_answers
 from actors.training.rewards import Reward, load_reward, score
-from cluster.errors import InvalidConfiguration, TrimtabError
-from deploy.cli.prefer_options import check_files, parse_arguments, request_fields
+from cluster.errors import InvalidConfiguration
+from deploy.cli.options.prefer import COMMAND, Options
+from deploy.cli.trimtab import old_way
 from deploy.jobs.batch.lines import to_json
+from deploy.jobs.outcome import BadOutcome
 from deploy.jobs.prefer.answers import Answer, Answers, AnswersFile, Asked, read_prompts
-from deploy.jobs.prefer.sampling import Record, sample_locally, sample_through_service
+from deploy.jobs.prefer.sampling import LocalSampling, Record, sample_locally, sample_through_service
 from deploy.jobs.progress import Progress
 from deploy.jobs.requests import connect
 
+BATCH = 10
+"""Prompts at a time, of a model in this process."""
 
-def collect_answers(options: argparse.Namespace, prompts: Sequence[Asked]) -> Answers:
-    """Return the answers to all prompts; those that --answers does not hold yet are sampled and kept there."""
+CONCURRENCY = 16
+"""Open requests at a time."""
+
+
+def collect_answers(options: Options, path: Path, prompts: Sequence[Asked]) -> Answers:
+    """Return the answers to all prompts; those that the file there does not hold yet are sampled and kept in it."""
     source = (
         {"model": str(options.model)} if options.model else {"profile": options.profile, "weights": options.weights}
     )
@@ -41,7 +47,7 @@ def collect_answers(options: argparse.Namespace, prompts: Sequence[Asked]) -> An
     }
     if options.model and options.sentence:
         sampling["sentence"] = options.sentence
-    file = AnswersFile(options.answers, num_samples=options.samples, sampling=sampling)
+    file = AnswersFile(path, num_samples=options.samples, sampling=sampling)
     try:
         answers = file.read(prompts)
 
@@ -49,7 +55,7 @@ def collect_answers(options: argparse.Namespace, prompts: Sequence[Asked]) -> An
             file.append(asked, drawn)
             answers[asked.id] = drawn
 
-        print(f"{len(prompts)} prompts, {len(answers)} of them answered in {options.answers}", file=sys.stderr)
+        print(f"{len(prompts)} prompts, {len(answers)} of them answered in {path}", file=sys.stderr)
         if len(answers) < len(prompts):
             _sample(options, prompts, answers, record)
     finally:
@@ -57,13 +63,27 @@ def collect_answers(options: argparse.Namespace, prompts: Sequence[Asked]) -> An
     return answers
 
 
-def _sample(options: argparse.Namespace, prompts: Sequence[Asked], done: Answers, record: Record) -> None:
-    client = None if options.model else connect()
+def _sample(options: Options, prompts: Sequence[Asked], done: Answers, record: Record) -> None:
+    model = options.model
+    # Before anything is counted: without a service there is nothing to do.
+    client = None if model is not None else connect()
     total, num_done = len(prompts) * options.samples, len(done) * options.samples
     progress = Progress(total=total, num_done=num_done, file=sys.stderr)
     try:
         if client is None:
-            sample_locally(options, prompts, done, record, progress)
+            assert model is not None
+            local = LocalSampling(
+                model=model,
+                num_samples=options.samples,
+                max_tokens=options.max_tokens,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                seed=options.seed,
+                dtype=options.dtype or "auto",
+                batch=options.batch or BATCH,
+                min_sentence_tokens=options.sentence,
+            )
+            sample_locally(local, prompts, done, record, progress)
         else:
             sampling = sample_through_service(
                 client.generate,
@@ -71,9 +91,9 @@ def _sample(options: argparse.Namespace, prompts: Sequence[Asked], done: Answers
                 record,
                 progress,
                 num_samples=options.samples,
-                fields=request_fields(options),
+                fields=options.request_fields(),
                 seed=options.seed,
-                concurrency=options.concurrency,
+                concurrency=options.concurrency or CONCURRENCY,
             )
             asyncio.run(sampling)
     finally:
@@ -160,17 +180,20 @@ def summarise(rewards: Sequence[Sequence[float]], pairings: Sequence[Pairing]) -
     )
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Make the pairs.
 
     Raises:
+        BadOutcome: no two answers make one.
         TrimtabError: they could not be made.
         OSError: a file cannot be read or written.
     """
-    check_files(options)
+    options = _absolute(options)
+    answers_path = options.answers or options.output.with_name(f"{options.output.stem}.answers.jsonl")
+    check_files(options, answers_path)
     reward = load_reward(options.reward)
     prompts = read_prompts(options.prompts)
-    answers = collect_answers(options, prompts)
+    answers = collect_answers(options, answers_path, prompts)
     print(f"scoring with {options.reward}", file=sys.stderr)
     rewards = score_answers(reward, prompts, answers)
     rules = PairRules(
@@ -184,27 +207,45 @@ def run(options: argparse.Namespace) -> None:
     pairings = pair_all(prompts, answers, rewards, rules, seed=options.seed)
     print(summarise(rewards, pairings))
     if not any(pairing.pairs for pairing in pairings):
-        raise InvalidConfiguration(
+        raise BadOutcome(
             "no two answers make a pair, and nothing was written; lower --margin, raise --max-length-difference, or "
             "sample more or longer answers (--samples, --max-tokens, --temperature) into another --answers"
         )
     write_pairs(options.output, prompts, answers, rewards, pairings)
-    print(f"pairs are in {options.output}, answers in {options.answers}")
+    print(f"pairs are in {options.output}, answers in {answers_path}")
+
+
+def _absolute(options: Options) -> Options:
+    """The options with paths that mean the same in any folder."""
+    paths = {name: getattr(options, name) for name in ("prompts", "output", "answers", "model")}
+    return replace(options, **{name: path.resolve() for name, path in paths.items() if path is not None})
+
+
+def check_files(options: Options, answers: Path) -> None:
+    """Look for what is to be read, and for the folders of what is to be written.
+
+    Raises:
+        InvalidConfiguration: something is not there, or two options name one file.
+    """
+    if not options.prompts.is_file():
+        raise InvalidConfiguration(f"--prompts: there is no file {options.prompts}")
+    if options.model and not options.model.is_dir():
+        raise InvalidConfiguration(f"--model: there is no folder {options.model}")
+    files = {"--prompts": options.prompts}
+    for option, path in {"--answers": answers, "--output": options.output}.items():
+        if not path.parent.is_dir():
+            raise InvalidConfiguration(f"{option}: there is no folder {path.parent}; make it first")
+        if path.exists() and not path.is_file():
+            raise InvalidConfiguration(f"{option}: {path} is no file")
+        if path in files.values():
+            raise InvalidConfiguration(f"{option}: {path} is another file of this run; give another")
+        files[option] = path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the process's exit status: 0, or 2 if there are no pairs."""
-    options = parse_arguments(arguments)
-    try:
-        run(options)
-    except KeyboardInterrupt:
-        print("deploy.prefer: stopped; the same command continues", file=sys.stderr)
-        return 130
-    except (TrimtabError, OSError, RayError) as error:
-        print(f"deploy.prefer: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Return the process's exit status: 0, 1 if no two answers make a pair, 2 if nothing was started."""
+    return COMMAND.main(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(old_way("prefer"))

@@ -1,10 +1,9 @@
-"""Trains a guide from preferences: `python -m deploy.train --model DIR --data pairs.jsonl --output DIR`.
+"""Trains a guide from preferences: `trimtab train --model DIR --data pairs.jsonl --output DIR`.
 
-By itself, or under `ray job submit --working-dir . -- python -m deploy.train ...`. What it leaves in --output is a
+By itself, or under `ray job submit --working-dir . -- trimtab train ...`. What it leaves in --output is a
 model directory that deploy.yaml can name as a guide. Method: GenARM (arXiv 2410.08193), section 3.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -19,25 +18,21 @@ from actors.training.run import RunSettings
 from actors.training.verdict import judge
 from cluster.errors import InvalidConfiguration
 from deploy.cli import calibrate
-from deploy.cli.calibrate import VALIDATION_PROMPTS
+from deploy.cli.options.calibrate import VALIDATION_PROMPTS
+from deploy.cli.options.train import COMMAND, MIN_STEPS, Options
+from deploy.cli.trimtab import old_way
 from deploy.jobs.training.run import (
     Job,
     UselessGuide,
     adapter_rank,
-    add_run_arguments,
-    check_run_arguments,
     count_layers,
     describe_adapter,
     describe_data,
-    exit_status,
     locate,
     response_encoder,
-    run,
     shared_settings,
 )
-
-MIN_STEPS = 64
-"""Of a run whose length is not given: one pass over a few hundred pairs teaches next to nothing."""
+from deploy.jobs.training.run import run as train
 
 KEPT_SHARE = 0.2
 """Of the base's layers, those that a guide without a model of its own is made of."""
@@ -59,72 +54,7 @@ and to the user_config of Gateway and Coordinator the guide's name, and a profil
             {name}: {{{name}: {weight:g}}}"""
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the command line's choices. Exits with status 2 if they make no sense."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.train",
-        description="Train a guide (an autoregressive reward model) on preference pairs, or a model by DPO.",
-        epilog="Data: JSONL, JSON or Parquet, or a hub id, with the columns prompt, chosen, rejected (texts or chat "
-        "messages), chosen and rejected as whole conversations (messages, or texts with Human: and "
-        "Assistant:, as hh-rlhf has them), or those of PKU-SafeRLHF. Relative paths start in the "
-        "working folder, which under `ray job submit` is the job's own copy: give absolute ones there, which all "
-        "workers can see. Exit status: 0 trained, 1 stopped on the way or of no use, 2 nothing was started.",
-    )
-    parser.add_argument(
-        "--model", help="directory or hub id of the model to start from (with --base: the base's own first layers)"
-    )
-    parser.add_argument(
-        "--keep", type=int, metavar="N", help="with --base and no --model: how many of its layers (a fifth)"
-    )
-    parser.add_argument("--data", required=True, metavar="FILE", help="preference pairs: a file, or a hub id")
-    parser.add_argument(
-        "--reward",
-        metavar="MODULE:FUNCTION",
-        help="that the guide is to raise, for choosing its weight; with --base (none)",
-    )
-    parser.add_argument("--objective", choices=("helpful", "harmless"), help="which label of PKU-SafeRLHF counts")
-    parser.add_argument("--base", help="train under this base, which the guide is to steer: directory or hub id")
-    parser.add_argument("--loss", choices=("arm", "dpo"), default="arm", help="GenARM's, or DPO's as a baseline (arm)")
-    parser.add_argument("--beta", type=float, help="of the loss (0.05 for arm, 0.1 for dpo and with --base)")
-    parser.add_argument(
-        "--kl", type=float, help="what a nat of KL a token from the base costs beside the loss, with --base (0.5)"
-    )
-    parser.add_argument("--margin", type=float, default=0.0, help="by which chosen is to win, arm only (0)")
-    parser.add_argument("--length-normalised", action="store_true", help="mean log-probabilities, arm only")
-    parser.add_argument(
-        "--lora-rank",
-        type=int,
-        help="of an adapter on all projections (8; with --base none, and the layers stay as they are)",
-    )
-    parser.add_argument("--lora-alpha", type=float, help="its share is alpha / rank (twice the rank)")
-    parser.add_argument(
-        "--map-rank", type=int, metavar="N", help="with --base: of the matrix before the output layer (8)"
-    )
-    parser.add_argument("--full", action="store_true", help="train all weights instead of an adapter")
-    parser.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="pairs of a step, over all workers (16)"
-    )
-    parser.add_argument(
-        "--epochs", type=float, metavar="N", help=f"passes over the pairs (1, and {MIN_STEPS} steps or more)"
-    )
-    parser.add_argument(
-        "--validation-share",
-        type=float,
-        default=0.1,
-        metavar="S",
-        help="of the prompts, kept back to measure on and to stop by (0.1)",
-    )
-    parser.add_argument(
-        "--eval-every", type=int, default=16, metavar="N", help="steps between looks at the kept-back pairs (16)"
-    )
-    parser.add_argument(
-        "--patience", type=int, default=3, metavar="N", help="looks without a lower loss that end the run (3)"
-    )
-    add_run_arguments(parser)
-    return parser.parse_args(arguments)
-
-
-def _first_layers(options: argparse.Namespace) -> tuple[int, ...] | None:
+def _first_layers(options: Options, base: str | None) -> tuple[int, ...] | None:
     """The layers of the base that a guide without a model of its own has.
 
     Under a base they need no healing: what they lack as a language model the base has.
@@ -136,18 +66,18 @@ def _first_layers(options: argparse.Namespace) -> tuple[int, ...] | None:
         if options.keep is not None:
             raise InvalidConfiguration("--keep: is for the base's own layers; leave it or --model out")
         return None
-    if not options.base:
+    if base is None:
         raise InvalidConfiguration(
             "--model: name what to train, or a --base whose first layers are to become the guide"
         )
-    num_layers = count_layers(options.base)
+    num_layers = count_layers(base)
     keep = max(1, round(num_layers * KEPT_SHARE)) if options.keep is None else options.keep
     if not 1 <= keep <= num_layers:
         raise InvalidConfiguration(f"--keep: {keep} layers cannot be kept; the base has {num_layers}")
     return tuple(range(keep))
 
 
-def _kl(options: argparse.Namespace) -> float:
+def _kl(options: Options) -> float:
     """What KL costs.
 
     Raises:
@@ -159,10 +89,12 @@ def _kl(options: argparse.Namespace) -> float:
         raise InvalidConfiguration("--kl: is the distance from a --base; name one, or leave it out")
     if not (math.isfinite(options.kl) and options.kl >= 0):
         raise InvalidConfiguration(f"--kl: {options.kl} is not 0 or more")
-    return float(options.kl)
+    return options.kl
 
 
-def settings_from(options: argparse.Namespace, num_pairs: int, layers: tuple[int, ...] | None = None) -> RunSettings:
+def settings_from(
+    model: str, options: Options, num_pairs: int, *, base: str | None, layers: tuple[int, ...] | None
+) -> RunSettings:
     """Return the run's settings.
 
     Raises:
@@ -184,10 +116,10 @@ def settings_from(options: argparse.Namespace, num_pairs: int, layers: tuple[int
     map_only = bool(options.base) and options.lora_rank is None and not options.full
     if map_only and options.lora_alpha is not None:
         raise InvalidConfiguration("--lora-alpha: with --base there is an adapter only with --lora-rank; give that too")
-    rank = 0 if map_only else adapter_rank(options, default=8)
+    rank = 0 if map_only else adapter_rank(options, 8, options.lora_alpha)
     return RunSettings(
         objective=objective,
-        base=options.base,
+        base=base,
         kl=_kl(options),
         map_rank=8 if options.map_rank is None else options.map_rank,
         map_only=map_only,
@@ -200,7 +132,11 @@ def settings_from(options: argparse.Namespace, num_pairs: int, layers: tuple[int
         eval_every=options.eval_every,
         patience=options.patience,
         **shared_settings(
-            options, num_pairs, default_rate=4e-3 if map_only else 5e-6 if options.full else 5e-4, min_steps=MIN_STEPS
+            model,
+            options,
+            num_pairs,
+            default_rate=4e-3 if map_only else 5e-6 if options.full else 5e-4,
+            min_steps=MIN_STEPS,
         ),
     )
 
@@ -227,33 +163,33 @@ def split_by_prompt(pairs: Sequence[Pair], share: float, seed: int) -> tuple[lis
 
 
 def write_prompts(path: Path, pairs: Sequence[Pair]) -> None:
-    """Write the pairs' prompts, each once, as `deploy.prefer` and `deploy.evaluate` read them."""
+    """Write the pairs' prompts, each once, as `trimtab prefer` and `trimtab evaluate` read them."""
     prompts = {json.dumps({"prompt" if isinstance(pair.prompt, str) else "messages": pair.prompt}) for pair in pairs}
     path.write_text("".join(f"{prompt}\n" for prompt in sorted(prompts)))
 
 
-def prepare(options: argparse.Namespace) -> tuple[Job, list[Pair]]:
+def prepare(options: Options) -> tuple[Job, list[Pair]]:
     """Read and encode the data, and return it with the pairs kept back; loads a tokenizer, and no model.
 
     Raises:
         InvalidConfiguration: the data or an option cannot be used.
     """
-    check_run_arguments(options)
-    if options.base:
-        options.base = locate(options.base, option="--base")
-    layers = _first_layers(options)
-    options.model = locate(options.model) if options.model else options.base
+    options.check_numbers()
+    base = locate(options.base, option="--base") if options.base else None
+    layers = _first_layers(options, base)
+    model = locate(options.model) if options.model else base
+    assert model is not None
     pairs = read_pairs(
         options.data, objective=options.objective, skip_bad_rows=options.skip_bad_rows, split=options.split
     )
     training, validation = split_by_prompt(pairs.pairs, options.validation_share, options.seed)
-    encoder = response_encoder(options)
+    encoder = response_encoder(model, options, base=base)
     examples = encoder.pairs(training)
     kept_back = encoder.pairs(validation)
     data = [*describe_data(pairs, encoder.report), f"{len(kept_back)} of the examples kept back for validation"]
     if not examples:
         raise InvalidConfiguration(f"--data: no pair is left to train on: {'; '.join(data)}")
-    settings = settings_from(options, len(examples), layers)
+    settings = settings_from(model, options, len(examples), base=base, layers=layers)
     job = Job(
         settings=settings,
         examples=examples,
@@ -264,7 +200,7 @@ def prepare(options: argparse.Namespace) -> tuple[Job, list[Pair]]:
     return job, validation
 
 
-def train(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Train, and say what came of it and how to serve it.
 
     Raises:
@@ -273,8 +209,8 @@ def train(options: argparse.Namespace) -> None:
         UselessGuide: it is trained, and nobody should serve it.
     """
     job, kept_back = prepare(options)
-    figures = run(job, options)
-    output = options.output.resolve()
+    figures = train(job, options)
+    output, base = options.output.resolve(), job.settings.base
     write_prompts(output / VALIDATION_PROMPTS, kept_back)
     for name, value in figures.items():
         print(f"{name} on validation pairs: {value:.4f}")
@@ -286,20 +222,23 @@ def train(options: argparse.Namespace) -> None:
         raise UselessGuide(f"{output} is written, and should not be served")
     if options.loss == "dpo":
         return
-    weight = _calibrate(options, job.settings.dtype) if options.base and kept_back else None
-    if not options.base:
-        print(f"Which weight it bears: python -m deploy.calibrate --guide {output} --base <the base>")
-    base = options.base or "<the base of the service>"
-    print(HOW_TO_SERVE.format(name=guide_name(output), output=output, base=base, weight=weight or 1.0))
+    weight = _calibrate(options, base, job.settings.dtype) if base and kept_back else None
+    if not base:
+        print(f"Which weight it bears: trimtab calibrate --guide {output} --base <the base>")
+    print(
+        HOW_TO_SERVE.format(
+            name=guide_name(output), output=output, base=base or "<the base of the service>", weight=weight or 1.0
+        )
+    )
 
 
-def _calibrate(options: argparse.Namespace, dtype: str) -> float:
+def _calibrate(options: Options, base: str, dtype: str) -> float:
     """Find the weight of the guide that was just trained under its base, say what was found, and return it."""
     output = options.output.resolve()
     print("looking for the weight that it bears", file=sys.stderr, flush=True)
     settings = calibrate.Settings(
         guide=output,
-        base=options.base,
+        base=base,
         prompts=output / VALIDATION_PROMPTS,
         weights=calibrate.weights_for(output),
         reward=options.reward,
@@ -318,8 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: trained; 1: training stopped on the way, or the guide is of no use; 2: nothing was started.
     """
-    options = parse_arguments(arguments)
-    return exit_status("deploy.train", lambda: train(options))
+    return COMMAND.main(arguments)
 
 
 def guide_name(output: Path) -> str:
@@ -328,4 +266,4 @@ def guide_name(output: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(old_way("train"))

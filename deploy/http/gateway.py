@@ -20,7 +20,7 @@ from actors.settings import NO_GUIDANCE, CoordinatorSettings, GuidanceSettings, 
 from cluster.delivery import Feed, Inbox
 from cluster.errors import TrimtabError
 from cluster.tls import Tls
-from deploy.http.access import Access, Guard, caller_of
+from deploy.http.access.guard import Access, Guard, caller_of
 from deploy.http.attempts import REPEATABLE, Attempts, own_errors
 from deploy.http.closing import Closing
 from deploy.http.facts import Facts

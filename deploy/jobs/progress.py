@@ -1,6 +1,10 @@
-"""How far a job over requests has come, as people see it."""
+"""How far a job has come, as people see it: over requests, or in time where there is nothing to count."""
 
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO
 
 from tqdm import tqdm
@@ -8,6 +12,9 @@ from tqdm import tqdm
 from deploy.jobs.batch.lines import Line
 
 REPORT_PERIOD_S = 10.0
+
+PATIENCE_S = 5.0
+"""That people have without a sign of life."""
 
 
 class Progress:
@@ -57,3 +64,36 @@ class Progress:
             self._bar.close()
             self._bar = None
         self.report()
+
+
+@contextmanager
+def busy(what: str, *, patience_s: float = PATIENCE_S, file: IO[str] | None = None) -> Iterator[None]:
+    """Show for how long something goes on that takes longer than people wait without a sign of life.
+
+    On a terminal that is a line that counts the seconds, elsewhere one now and then.
+
+    Args:
+        what: goes on, in words such as `making models/positivity`.
+        patience_s: until the first sign.
+        file: where it is shown; stderr if none is given.
+    """
+    is_over = threading.Event()
+    thread = threading.Thread(target=_count, args=(what, patience_s, file or sys.stderr, is_over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def _count(what: str, patience_s: float, file: IO[str], is_over: threading.Event) -> None:
+    begin, pause_s, form = time.monotonic(), REPORT_PERIOD_S, "{what}: {seconds:.0f} s\n"
+    if file.isatty():
+        pause_s, form = 1.0, "\r{what}: {seconds:.0f} s"
+    has_shown = False
+    while not is_over.wait(pause_s if has_shown else patience_s):
+        print(form.format(what=what, seconds=time.monotonic() - begin), end="", file=file, flush=True)
+        has_shown = True
+    if has_shown and file.isatty():
+        print(file=file, flush=True)

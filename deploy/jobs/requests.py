@@ -87,17 +87,28 @@ def connect() -> AsyncClient:
         InvalidConfiguration: there is no cluster, or the service on it does not run yet.
         ReplicaLost: there is no service on it.
     """
-    start = "start the service with `serve run deploy.yaml` (or `serve deploy deploy.yaml` on a running cluster)"
+    join_cluster()
+    application = serve.status().applications.get(TRIMTAB)
+    if application is not None and application.status != "RUNNING":
+        raise InvalidConfiguration(
+            f"the application `trimtab` is {application.status.value}; wait until `trimtab status` says RUNNING"
+        )
+    return AsyncClient()
+
+
+def join_cluster() -> None:
+    """Connect this process to the Ray cluster that runs already.
+
+    Raises:
+        InvalidConfiguration: there is none.
+    """
     # Where a cluster's address is known but nothing answers there, Ray tries for minutes without a word.
     print("connecting to the Ray cluster", os.environ.get("RAY_ADDRESS", ""), file=sys.stderr, flush=True)
     try:
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
-        raise InvalidConfiguration(f"no Ray cluster runs on this machine; {start}") from error
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    application = serve.status().applications.get(TRIMTAB)
-    if application is not None and application.status != "RUNNING":
         raise InvalidConfiguration(
-            f"the application `trimtab` is {application.status.value}; wait until `serve status` says RUNNING"
-        )
-    return AsyncClient()
+            "no Ray cluster runs on this machine; start the service with `trimtab serve` (or `serve deploy "
+            "deploy.yaml` on a running cluster)"
+        ) from error
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)

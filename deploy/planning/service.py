@@ -7,9 +7,8 @@ from pydantic import BaseModel
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from actors.engine import RowKind
-from actors.engine.engine import DEFAULT_CACHE_TOKENS
 from actors.names import BASE, COORDINATOR, TRIMTAB, guide_application
-from actors.settings import NO_GUIDANCE, BaseModelSettings, CoordinatorSettings, GuideSettings
+from actors.settings import DEFAULT_CACHE_TOKENS, NO_GUIDANCE, BaseModelSettings, CoordinatorSettings, GuideSettings
 from cluster.errors import InvalidConfiguration
 from deploy.planning.hardware import LOOPBACK, SHARED_MEMORY, Accelerator, CoordinatorCosts, Link
 from deploy.planning.models import Shape, read_shape

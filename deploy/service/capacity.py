@@ -13,8 +13,7 @@ import torch
 from pydantic import BaseModel
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
-from actors.engine.engine import DEFAULT_CACHE_TOKENS
-from actors.settings import BaseModelSettings
+from actors.settings import DEFAULT_CACHE_TOKENS, BaseModelSettings
 from deploy.planning.models import read_shape
 
 GIB = 2**30

@@ -20,7 +20,7 @@ from tests import tiny
 from tests.cluster.conftest import BIN, Deploy, Service, model_args, service_config
 
 TIMEOUT_S = 150
-COMMAND = [sys.executable, "-m", "deploy.batch"]
+COMMAND = [sys.executable, "-m", "deploy", "batch"]
 NUM_PROMPTS = 100
 OPTIONS = ["--max-tokens", "16", "--weights", '{"kind": 1.0}', "--seed", "5"]
 PROMPTS: list[dict[str, Any]] = [
@@ -56,7 +56,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def batch(prompts: Path, results: Path, *options: str) -> Iterator["subprocess.Popen[str]"]:
-    """`python -m deploy.batch` on the test's cluster; ended at the latest when the block ends."""
+    """`trimtab batch` on the test's cluster; ended at the latest when the block ends."""
     process = subprocess.Popen(
         [*COMMAND, "--input", prompts, "--output", results, *OPTIONS, *options],
         cwd=CHECKOUT,

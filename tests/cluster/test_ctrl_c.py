@@ -42,7 +42,7 @@ def test_every_stream_ends_with_its_rest_or_with_an_error_event(
         except requests.RequestException:
             return False
 
-    with serve_run(config, tmp_path, (sys.executable, "-m", "deploy.start")) as running:
+    with serve_run(config, tmp_path, (sys.executable, "-m", "deploy", "serve")) as running:
         running.wait_until(is_ready)
         readers = [threading.Thread(target=read, args=(number,)) for number in range(NUM_STREAMS)]
         for reader in readers:

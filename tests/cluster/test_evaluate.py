@@ -81,7 +81,7 @@ def evaluate(plan: dict[str, Any], folder: Path, *options: str) -> tuple[int, st
     """Run the command on the test's cluster; return its exit status and what it said on stderr."""
     (folder / "evaluation.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
     done = subprocess.run(
-        [sys.executable, "-m", "deploy.evaluate", "evaluation.yaml", "--output", "out", *options],
+        [sys.executable, "-m", "deploy", "evaluate", "evaluation.yaml", "--output", "out", *options],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(CHECKOUT), "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
         stdout=subprocess.DEVNULL,

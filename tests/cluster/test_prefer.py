@@ -33,7 +33,7 @@ def service(deploy: Deploy, tmp_path_factory: pytest.TempPathFactory) -> Service
 
 @pytest.fixture
 def prefer(tmp_path: Path) -> Prefer:
-    """`python -m deploy.prefer` on the test's cluster; returns its exit status and what it said."""
+    """`trimtab prefer` on the test's cluster; returns its exit status and what it said."""
     prompts = [
         {"id": f"chat-{i}", "messages": [{"role": "user", "content": f"tell me about {i}"}]}
         if i % 3 == 0
@@ -43,7 +43,7 @@ def prefer(tmp_path: Path) -> Prefer:
     (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(prompt)}\n" for prompt in prompts))
 
     def run(output: str, *options: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "deploy.prefer", "--prompts", str(tmp_path / "prompts.jsonl")]
+        command = [sys.executable, "-m", "deploy", "prefer", "--prompts", str(tmp_path / "prompts.jsonl")]
         command += ["--output", str(tmp_path / output), "--reward", "actors.training.rewards:plainness"]
         command += ["--samples", str(NUM_SAMPLES), "--max-tokens", str(MAX_TOKENS), *options]
         done = subprocess.run(

@@ -43,7 +43,8 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
         *(
             sys.executable,
             "-m",
-            "deploy.train",
+            "deploy",
+            "train",
             "--model",
             str(folder / "model"),
             "--data",
@@ -169,6 +170,6 @@ def test_a_worker_that_fails_is_an_error_with_its_reason(folder: Path) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert "deploy.train: " in done.stderr
+    assert "trimtab train: " in done.stderr
     assert "--resume" in done.stderr
     assert "Traceback" not in done.stderr

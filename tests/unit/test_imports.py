@@ -45,7 +45,15 @@ def heavy_modules(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["deploy.http.gateway", "deploy.client", "deploy.cli.keys", "deploy.cli.batch", "deploy.cli.start"]
+    "module",
+    [
+        "deploy.http.gateway",
+        "deploy.client",
+        "deploy.cli.keys",
+        "deploy.cli.batch",
+        "deploy.cli.status",
+        "deploy.cli.check",
+    ],
 )
 def test_what_holds_no_model_imports_no_torch(module: str) -> None:
     assert heavy_modules(f"import {module}") == ""

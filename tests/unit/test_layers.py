@@ -38,6 +38,19 @@ def test_a_folder_imports_only_what_is_below_it(folder: str) -> None:
     assert wrong == []
 
 
+def test_a_command_line_ends_in_typed_values() -> None:
+    files = [*(ROOT / "deploy").rglob("*.py")]
+    assert files
+    assert [file for file in files if "argparse" in imports(file)] == []
+
+
+@pytest.mark.parametrize("folder", ["http", "jobs", "planning", "service"])
+def test_what_commands_are_made_of_knows_no_command(folder: str) -> None:
+    files = [*(ROOT / "deploy" / folder).rglob("*.py")]
+    assert files
+    assert [file for file in files for name in imports(file) if name.split(".")[:2] == ["deploy", "cli"]] == []
+
+
 @pytest.mark.parametrize("folder", ["actors", "deploy"])
 def test_no_model_brings_code_of_its_own(folder: str) -> None:
     # Left open, transformers asks on a terminal, and a yes would run it.

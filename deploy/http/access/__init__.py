@@ -4,7 +4,3 @@
 within its limits, and `guard` stands before the gateway's application with all three. What a key may use is counted by
 the coordinator (`actors.coordinator.admission`), so that it holds whichever gateway a request comes through.
 """
-
-from deploy.http.access.guard import Access, Guard, caller_of
-
-__all__ = ["Access", "Guard", "caller_of"]

@@ -31,7 +31,7 @@ LOOK_EVERY_S = 1.0
 """How often at most the node's sockets are looked at."""
 
 REMEDY = (
-    "give the service API keys (security.keys_file; `python -m deploy.keys new`), bind http_options.host to 127.0.0.1, "
+    "give the service API keys (security.keys_file; `trimtab keys new`), bind http_options.host to 127.0.0.1, "
     "or set security.allow_public_without_keys to true"
 )
 

@@ -9,7 +9,7 @@ bits, so that a hash made to be slow would only cost time with every request. In
         max_sequences: 8            # open requests, at most; optional
         tokens_per_minute: 10000    # prompts and answers together; optional
 
-`python -m deploy.keys` writes it.
+`trimtab keys` writes it.
 """
 
 import hashlib
@@ -91,9 +91,7 @@ def parse_keys(text: str, source: str) -> Keys:
     except ValidationError as error:
         complaint = error.errors(include_input=False)[0]
         path = ".".join(map(str, complaint["loc"])) or "the file"
-        raise InvalidConfiguration(
-            f"{source}: {path}: {complaint['msg']}; write it with `python -m deploy.keys`"
-        ) from None
+        raise InvalidConfiguration(f"{source}: {path}: {complaint['msg']}; write it with `trimtab keys`") from None
 
 
 class KeyRing:
@@ -175,6 +173,6 @@ def _read(file: Path) -> Keys:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise InvalidConfiguration(
-            f"security.keys_file: {file} cannot be read: {reason}; make it with `python -m deploy.keys new`"
+            f"security.keys_file: {file} cannot be read: {reason}; make it with `trimtab keys new`"
         ) from None
     return parse_keys(text, str(file))

@@ -1,4 +1,4 @@
-"""The evaluation: what `python -m deploy.evaluate` is made of.
+"""The evaluation: what `trimtab evaluate` is made of.
 
 plan       evaluation.yaml as typed objects; checks says whether it can be carried out, prompts reads its prompts
 service    the plan's models, served on a Ray cluster as deploy.yaml has it

@@ -1,4 +1,4 @@
-"""The files of `deploy.prefer`: prompts, and the answers that were sampled to them.
+"""The files of `trimtab prefer`: prompts, and the answers that were sampled to them.
 
 Owns what a line of either holds, and that answers fit the prompts and the options of the run. Knows neither how answers
 are sampled nor what becomes of them.

@@ -1,12 +1,13 @@
-"""The two ways in which `deploy.prefer` samples answers: from a model in this process, and through the running service.
+"""The two ways in which `trimtab prefer` samples answers: from a model in this process, and through a running service.
 
 Both hand over a prompt's answers once it has all of them. Knows no file of answers.
 """
 
-import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,42 +27,62 @@ Record = Callable[[Asked, Sequence[Answer]], None]
 """Takes a prompt and all of its answers."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSampling:
+    """How a model in this process answers."""
+
+    model: Path
+    num_samples: int
+    """Of each prompt."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    dtype: str = "auto"
+    batch: int
+    """Prompts at a time."""
+
+    min_sentence_tokens: int | None = None
+    """Cut answers off at the end of the first sentence behind so many tokens."""
+
+
 def sample_locally(
-    options: argparse.Namespace, prompts: Sequence[Asked], done: Answers, record: Record, progress: Progress
+    local: LocalSampling, prompts: Sequence[Asked], done: Answers, record: Record, progress: Progress
 ) -> None:
-    """Answer the prompts that are not done with the model in --model.
+    """Answer the prompts that are not done.
 
     Raises:
         InvalidConfiguration: it cannot be loaded, or a prompt cannot be encoded or is too long.
     """
     try:
-        tokenizer: Any = load_tokenizer(str(options.model))
-        ends = end_tokens(str(options.model), tokenizer)
+        tokenizer: Any = load_tokenizer(str(local.model))
+        ends = end_tokens(str(local.model), tokenizer)
         # Eager attention is the fastest in bfloat16 on CPUs.
-        dtype = getattr(torch, choose_dtype(options.dtype, on_gpu=False))
-        model: Any = load_whole(options.model, dtype=dtype, attn_implementation="eager").eval()
+        dtype = getattr(torch, choose_dtype(local.dtype, on_gpu=False))
+        model: Any = load_whole(local.model, dtype=dtype, attn_implementation="eager").eval()
     except InvalidConfiguration as error:
         raise InvalidConfiguration(f"--model: {str(error).removeprefix('model: ')}") from error
     except (OSError, ValueError) as error:
-        raise InvalidConfiguration(f"--model: {options.model} cannot be loaded: {error}") from error
+        raise InvalidConfiguration(f"--model: {local.model} cannot be loaded: {error}") from error
     if not ends:
-        raise InvalidConfiguration(f"--model: {options.model} names no token that ends an answer (eos_token); set it")
-    max_context = max_positions(options.model) or sys.maxsize
+        raise InvalidConfiguration(f"--model: {local.model} names no token that ends an answer (eos_token); set it")
+    max_context = max_positions(str(local.model)) or sys.maxsize
     encoder = PromptEncoder(tokenizer)
-    tokens = [_encode(asked, encoder, max_context - options.max_tokens) for asked in prompts]
+    tokens = [_encode(asked, encoder, max_context - local.max_tokens) for asked in prompts]
     for i, drawn in answer_prompts(
         model,
         tokens,
         {i for i, asked in enumerate(prompts) if asked.id not in done},
-        num_samples=options.samples,
-        max_tokens=options.max_tokens,
+        num_samples=local.num_samples,
+        max_tokens=local.max_tokens,
         end_tokens=ends,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-        batch=options.batch,
-        stops=sentence_ends(tokenizer) if options.sentence else (),
-        min_tokens=options.sentence or 0,
+        temperature=local.temperature,
+        top_p=local.top_p,
+        seed=local.seed,
+        batch=local.batch,
+        stops=sentence_ends(tokenizer) if local.min_sentence_tokens else (),
+        min_tokens=local.min_sentence_tokens or 0,
         tokens={*tokenizer.get_vocab().values(), *ends},
     ):
         answers = [

@@ -1,15 +1,14 @@
-"""What `deploy.train` and `deploy.derive` share: the workers on Ray, the output folder, the progress that people see.
+"""What `trimtab train` and `trimtab derive` share: the workers on Ray, the output folder, the progress that people see.
 
 Every worker runs `actors.training.run.train`; the output folder must be one that all of them see.
 """
 
-import argparse
 import json
 import logging
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import IO, Any
 
 import ray
 import torch
-from ray.exceptions import OutOfMemoryError, RayError
+from ray.exceptions import OutOfMemoryError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,7 +28,9 @@ from actors.training.encoding import EncodedPair, Report, ResponseEncoder, Token
 from actors.training.run import CHECKPOINTS, LOG, RESULT, SETTINGS, RunSettings, describe, newest_checkpoint, train
 from actors.training.trainer import Example
 from actors.vocabularies import end_tokens, load_tokenizer, max_positions
-from cluster.errors import InvalidConfiguration, TrimtabError
+from cluster.errors import InvalidConfiguration
+from deploy.jobs.outcome import BadOutcome
+from deploy.jobs.training.options import RunOptions
 
 LOW_REACH = 0.5
 """An adapter on less of the layers' weights than this is warned of."""
@@ -70,73 +71,12 @@ class Job:
     """Of the data: a run is resumed on the same."""
 
 
-class TrainingFailed(Exception):
+class TrainingFailed(BadOutcome):
     """A worker died or raised; the checkpoints are there to go on from."""
 
 
-class UselessGuide(Exception):
+class UselessGuide(BadOutcome):
     """Training came to its end, and what came of it should not be served."""
-
-
-def exit_status(program: str, work: Callable[[], None]) -> int:
-    """Do the work and return the process's status: 0, 1 if it came to no good end, 2 if it was never started."""
-    try:
-        work()
-    except (TrainingFailed, UselessGuide, TrimtabError, OSError, RayError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, (TrainingFailed, UselessGuide)) else 2
-    return 0
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every kind of training has."""
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the model, and all of the run")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
-    parser.add_argument("--learning-rate", type=float, metavar="R", help="highest rate of a cosine schedule")
-    parser.add_argument("--steps", type=int, metavar="N", help="instead of --epochs")
-    parser.add_argument(
-        "--micro-batch", type=int, default=32, metavar="N", help="of them, that a worker computes at once, at most (32)"
-    )
-    parser.add_argument("--checkpoint-every", type=int, default=50, metavar="N", help="steps (50)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed repeats a run (0)")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of the products; what is trained stays float32 (auto: bfloat16 where the hardware has it)",
-    )
-    parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="leave longer prompts out")
-    parser.add_argument("--max-response-tokens", type=int, metavar="N", help="cut longer responses")
-    parser.add_argument(
-        "--skip-bad-rows", action="store_true", help="count rows that cannot be used instead of stopping"
-    )
-    parser.add_argument("--split", default="train", help="of a data set on the hub (train)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share each batch (1)")
-    parser.add_argument("--cpus-per-worker", type=float, metavar="N", help="default: an equal share of the cluster's")
-    parser.add_argument("--gpus-per-worker", type=float, default=0, metavar="N", help="0 trains on processors (0)")
-
-
-def check_run_arguments(options: argparse.Namespace) -> None:
-    """Raise `InvalidConfiguration` for numbers that cannot be."""
-    for name in (
-        "batch_size",
-        "micro_batch",
-        "checkpoint_every",
-        "workers",
-        "steps",
-        "epochs",
-        "eval_every",
-        "patience",
-    ):
-        value = getattr(options, name, None)
-        if value is not None and value <= 0:
-            raise InvalidConfiguration(f"--{name.replace('_', '-')}: {value} is not above 0")
-    for name in ("max_prompt_tokens", "max_response_tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InvalidConfiguration(f"--{name.replace('_', '-')}: {value} is less than 1")
-    if options.gpus_per_worker < 0 or (options.cpus_per_worker is not None and options.cpus_per_worker <= 0):
-        raise InvalidConfiguration("--cpus-per-worker must be above 0, and --gpus-per-worker not below")
 
 
 def locate(model: str, option: str = "--model") -> str:
@@ -165,22 +105,21 @@ def count_layers(model: str) -> int:
     return int(config.num_hidden_layers)
 
 
-def response_encoder(options: argparse.Namespace) -> ResponseEncoder:
-    """Return the encoder of `--model`'s tokens under the limits that were given.
+def response_encoder(model: str, options: RunOptions, *, base: str | None = None) -> ResponseEncoder:
+    """Return the encoder of a model's tokens, for one that answers as its base does, under the limits that were given.
 
     Raises:
         InvalidConfiguration: the model has no tokenizer that can be used.
     """
     try:
-        tokenizer = load_tokenizer(options.model)
-        base = getattr(options, "base", None) or options.model
+        tokenizer = load_tokenizer(model)
         # A guide's answers end where its base's do, and both see every example.
-        ends = end_tokens(base, tokenizer)
-        positions = [limit for model in (options.model, base) if (limit := max_positions(model)) is not None]
+        ends = end_tokens(base or model, tokenizer)
+        positions = [limit for each in (model, base or model) if (limit := max_positions(each)) is not None]
     except InvalidConfiguration as error:
         raise InvalidConfiguration(f"--model: {error}") from error
     except (OSError, ValueError) as error:
-        raise InvalidConfiguration(f"--model: {options.model!r} cannot be loaded: {error}") from error
+        raise InvalidConfiguration(f"--model: {model!r} cannot be loaded: {error}") from error
     limits = TokenLimits(
         max_prompt=options.max_prompt_tokens,
         max_response=options.max_response_tokens,
@@ -198,20 +137,18 @@ def describe_data(source: Pairs | Texts, report: Report) -> list[str]:
     ]
 
 
-def adapter_rank(options: argparse.Namespace, default: int) -> int:
+def adapter_rank(options: RunOptions, default: int, lora_alpha: float | None = None) -> int:
     """Return the rank of the adapter to train, 0 where all weights are.
 
     Raises:
         InvalidConfiguration: it is below 1, or belongs to an adapter and all weights are trained.
     """
     if options.full:
-        for name in ("lora_rank", "lora_alpha"):
-            if getattr(options, name, None) is not None:
-                raise InvalidConfiguration(
-                    f"--{name.replace('_', '-')}: --full trains no adapter; leave one of them out"
-                )
+        for name, value in (("--lora-rank", options.lora_rank), ("--lora-alpha", lora_alpha)):
+            if value is not None:
+                raise InvalidConfiguration(f"{name}: --full trains no adapter; leave one of them out")
         return 0
-    rank = default if options.lora_rank is None else int(options.lora_rank)
+    rank = default if options.lora_rank is None else options.lora_rank
     if rank < 1:
         raise InvalidConfiguration(f"--lora-rank: {rank} is less than 1; --full trains all weights")
     return rank
@@ -244,7 +181,7 @@ def choose_dtype(choice: str, *, on_gpu: bool) -> str:
 
 
 def shared_settings(
-    options: argparse.Namespace, num_examples: int, *, default_rate: float, min_steps: int = 1
+    model: str, options: RunOptions, num_examples: int, *, default_rate: float, min_steps: int = 1
 ) -> dict[str, Any]:
     """Return what `RunSettings` of every kind of training take from the options.
 
@@ -255,7 +192,7 @@ def shared_settings(
     if rate <= 0:
         raise InvalidConfiguration(f"--learning-rate: {rate} is not above 0")
     return {
-        "model": options.model,
+        "model": model,
         "learning_rate": rate,
         "batch_size": options.batch_size,
         "micro_batch": options.micro_batch,
@@ -267,16 +204,16 @@ def shared_settings(
     }
 
 
-def num_steps(options: argparse.Namespace, num_examples: int, min_steps: int = 1) -> int:
+def num_steps(options: RunOptions, num_examples: int, min_steps: int = 1) -> int:
     """Return the run's length: `--steps`, or what `--epochs` take; by default one epoch, and `min_steps` or more."""
     if options.steps is not None:
-        return int(options.steps)
+        return options.steps
     if options.epochs is None:
         return max(min_steps, round(num_examples / options.batch_size))
     return max(1, round(options.epochs * num_examples / options.batch_size))
 
 
-def run(job: Job, options: argparse.Namespace) -> dict[str, float]:
+def run(job: Job, options: RunOptions) -> dict[str, float]:
     """Train on the cluster, and return the figures on validation pairs (empty if there were none).
 
     Raises:

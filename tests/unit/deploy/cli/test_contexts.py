@@ -59,10 +59,10 @@ def test_what_is_no_file_of_answers_is_refused_with_its_line(
     (tmp_path / "answers.jsonl").write_text('{"prompt": "x"}\n')
     files = ["--answers", str(tmp_path / "answers.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     assert contexts.main([*files, "--model", model]) == 2
-    assert "answers.jsonl, line 1: no answers as deploy.prefer keeps them" in capsys.readouterr().err
+    assert "answers.jsonl, line 1: no answers as trimtab prefer keeps them" in capsys.readouterr().err
 
 
 def test_a_model_without_a_tokenizer_is_told_as_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert run(str(tmp_path / "empty"), tmp_path, [LONG]) == 2
-    assert "deploy.contexts: --model: " in capsys.readouterr().err
+    assert "trimtab contexts: --model: " in capsys.readouterr().err

@@ -18,8 +18,8 @@ from actors.prompts import Prompt, PromptEncoder
 from actors.settings import CHECKOUT
 from actors.training.sampling import draw_answers
 from cluster.errors import InvalidRequest, Overloaded, TrimtabError
+from deploy.cli.options.prefer import COMMAND
 from deploy.cli.prefer import main
-from deploy.cli.prefer_options import parse_arguments
 from deploy.jobs.prefer.answers import Answer, Asked
 from deploy.jobs.prefer.sampling import sample_through_service
 from deploy.jobs.progress import Progress
@@ -57,7 +57,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def prefer(model: str, folder: Path) -> Prefer:
-    """`python -m deploy.prefer` with a model of its own; returns the exit status."""
+    """`trimtab prefer` with a model of its own; returns the exit status."""
 
     def run(**changes: Any) -> int:
         options = {
@@ -296,7 +296,7 @@ def test_a_line_that_is_no_prompt_is_named(
 
 
 def test_no_pair_is_an_error_with_the_remedy(prefer: Prefer, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert prefer(margin=1000) == 2
+    assert prefer(margin=1000) == 1
     told = capsys.readouterr()
     assert "lower --margin, raise --max-length-difference" in told.err
     assert "100.0% were dropped by the margin" in told.out
@@ -350,7 +350,7 @@ def test_one_run_at_a_time_writes_the_answers(prefer: Prefer, folder: Path, caps
 )
 def test_impossible_options_are_refused(options: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        parse_arguments(["--prompts", "a", "--output", "b", "--reward", "c:d", *options])
+        COMMAND.parse(["--prompts", "a", "--output", "b", "--reward", "c:d", *options])
     assert exit_.value.code == 2
     assert told in capsys.readouterr().err
 
@@ -377,7 +377,7 @@ def test_files_that_cannot_be_used_stop_the_start(
 
 
 def test_help_says_why_lengths_matter() -> None:
-    command = [sys.executable, "-m", "deploy.prefer", "--help"]
+    command = [sys.executable, "-m", "deploy", "prefer", "--help"]
     told = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
     assert "which drowns the reward" in " ".join(told.split())
 

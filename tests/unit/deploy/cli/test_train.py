@@ -1,4 +1,4 @@
-"""`deploy.train` and `deploy.derive` before anything is trained: what they refuse, and what they make of the data."""
+"""`trimtab train` and `trimtab derive` before anything is trained: what they refuse, and what they make of the data."""
 
 import io
 import json
@@ -26,6 +26,8 @@ from actors.training.run import CHECKPOINTS, SETTINGS, RunSettings, newest_check
 from cluster.errors import InvalidConfiguration
 from deploy.cli import derive, train
 from deploy.cli.derive import parse_layers
+from deploy.cli.options.derive import COMMAND as DERIVE
+from deploy.cli.options.train import COMMAND as TRAIN
 from deploy.cli.train import split_by_prompt
 from deploy.jobs.training import run as training
 from deploy.jobs.training.run import Job, choose_dtype, prepare_output, progress
@@ -59,7 +61,7 @@ def test_responses_end_with_every_end_token_that_serving_knows(
     model.generation_config.eos_token_id = [0, dot]
     path = save(model, tmp_path / "dotted")
     rows = [{**row, "chosen": "yes. no"} for row in ROWS]
-    options = train.parse_arguments([role, path, "--data", data(rows), "--output", "nowhere"])
+    options = TRAIN.parse([role, path, "--data", data(rows), "--output", "nowhere"])
     job, _ = train.prepare(options)
     assert {example.chosen[-1] for example in job.examples} == {dot}  # type: ignore[union-attr]
     assert {example.rejected[-1] for example in job.examples} == {0}  # type: ignore[union-attr]
@@ -87,7 +89,7 @@ def test_examples_beyond_the_models_positions_are_refused_before_anything_starts
     jobs: tuple[Callable[..., Job], ...] = (
         lambda *more: train.prepare(options_of(path, rows, "--validation-share", "0", *more))[0],
         lambda *more: derive.prepare(
-            derive.parse_arguments(["--model", path, "--keep", "1", "--data", rows, "--output", "x", *more])
+            DERIVE.parse(["--model", path, "--keep", "1", "--data", rows, "--output", "x", *more])
         ),
     )
     for prepare in jobs:
@@ -110,7 +112,7 @@ def test_the_bases_positions_count_too(tmp_path: Path, data: Callable[[list[Any]
 
 
 def options_of(model: str, data: str, *more: str) -> Any:
-    return train.parse_arguments(["--model", model, "--data", data, "--output", "nowhere", *more])
+    return TRAIN.parse(["--model", model, "--data", data, "--output", "nowhere", *more])
 
 
 def test_the_defaults_are_the_papers(model: str, data: Callable[[list[Any]], str]) -> None:
@@ -208,7 +210,7 @@ def test_options_that_cannot_work_are_refused(
 
 
 def under_base(base: str, data: str, *more: str) -> RunSettings:
-    options = train.parse_arguments(["--base", base, "--data", data, "--output", "nowhere", *more])
+    options = TRAIN.parse(["--base", base, "--data", data, "--output", "nowhere", *more])
     return train.prepare(options)[0].settings
 
 
@@ -224,7 +226,7 @@ def test_a_guide_under_a_base_is_made_of_its_first_layers(model: str, data: Call
     assert under_base(model, data(ROWS), "--model", model).layers is None
     with pytest.raises(InvalidConfiguration, match="--keep: 4 layers cannot be kept; the base has 3"):
         under_base(model, data(ROWS), "--keep", "4")
-    nothing = train.parse_arguments(["--data", data(ROWS), "--output", "nowhere"])
+    nothing = TRAIN.parse(["--data", data(ROWS), "--output", "nowhere"])
     with pytest.raises(InvalidConfiguration, match="--model: name what to train, or a --base"):
         train.prepare(nothing)
 
@@ -302,7 +304,7 @@ def test_a_number_of_layers_keeps_the_first_and_some_of_the_last(kept: int, laye
 
 @pytest.mark.parametrize("more", [["--layers", "0,3"], ["--keep", "4"]])
 def test_layers_that_the_model_lacks_are_refused(model: str, data: Callable[[list[Any]], str], more: list[str]) -> None:
-    options = derive.parse_arguments(["--model", model, "--data", data(ROWS), "--output", "nowhere", *more])
+    options = DERIVE.parse(["--model", model, "--data", data(ROWS), "--output", "nowhere", *more])
     with pytest.raises(InvalidConfiguration, match=r"beyond the model's last layer, 2|the model has 3"):
         derive.prepare(options)
 

@@ -10,7 +10,7 @@ from starlette.types import Message
 
 from actors.coordinator.request import parse_request
 from actors.settings import CoordinatorSettings, parse_guidance
-from deploy.http.access import Access, Guard
+from deploy.http.access.guard import Access, Guard
 from deploy.http.openai_schema import ChatCompletionRequest, CompletionRequest
 from deploy.http.responses import answer_errors
 from tests.hostile import GOOD, LARGE, Hostile, hostile_requests, names_what_is_wrong

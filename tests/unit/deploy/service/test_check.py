@@ -425,7 +425,7 @@ def test_the_command_exits_with_the_mistake(config: Config, tmp_path: Path) -> N
     at("trimtab-base.args.modle")(config, "x")
     file.write_text(yaml.safe_dump(config))
     done = subprocess.run(
-        [sys.executable, "-m", "deploy.check", file], cwd=CHECKOUT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "deploy", "check", file], cwd=CHECKOUT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1
     assert "trimtab-base.args.modle: there is no such key; did you mean 'model'?" in done.stderr
@@ -437,8 +437,9 @@ def test_the_command_warns_of_what_this_machine_lacks(config: Config, tmp_path: 
     at("trimtab-base.args.resources")(config, {"cpus": 100_000})
     file.write_text(yaml.safe_dump(config))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-m", "deploy.check", file],
+        [sys.executable, "-m", "deploy", "check", file],
         cwd=CHECKOUT,
         env=environment,
         capture_output=True,

@@ -17,8 +17,8 @@ from ray.serve.schema import HTTPOptionsSchema
 
 from actors.settings import CHECKOUT
 from cluster.errors import InvalidConfiguration
-from deploy.cli.start import prepare
 from deploy.service import port as ports
+from deploy.service.foreground import prepare, read
 from deploy.service.port import announce, check_port, url_of
 
 
@@ -144,12 +144,12 @@ def test_a_port_on_other_machines_is_not_looked_at(tmp_path: Path) -> None:
         options = {"host": "127.0.0.1", "port": port}
         file = write(tmp_path, http_options=options)
         for address in ("10.0.0.7:6379", "ray://head:10001"):
-            assert prepare(file, {"RAY_ADDRESS": address}) is None
-        assert prepare(write(tmp_path, http_options=options, proxy_location="Disabled"), {}) is None
+            assert prepare(read(file), {"RAY_ADDRESS": address}) is None
+        assert prepare(read(write(tmp_path, http_options=options, proxy_location="Disabled")), {}) is None
         for address in ("", "auto", "local", "127.0.0.1:6379", "ray://localhost:10001"):
             with pytest.raises(InvalidConfiguration, match="is taken by"):
-                prepare(write(tmp_path, http_options=options), {"RAY_ADDRESS": address})
-    assert prepare(file, {}) == f"http://127.0.0.1:{port}"
+                prepare(read(write(tmp_path, http_options=options)), {"RAY_ADDRESS": address})
+    assert prepare(read(file), {}) == f"http://127.0.0.1:{port}"
 
 
 def test_the_command_starts_nothing_on_a_port_that_is_taken(tmp_path: Path) -> None:
@@ -157,13 +157,14 @@ def test_the_command_starts_nothing_on_a_port_that_is_taken(tmp_path: Path) -> N
         file = write(tmp_path, http_options={"host": "127.0.0.1", "port": port})
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         done = subprocess.run(
-            [sys.executable, "-m", "deploy.start", file],
+            [sys.executable, "-m", "deploy", "serve", file],
             cwd=CHECKOUT,
             env=environment,
             capture_output=True,
             text=True,
             timeout=120,
         )
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"{file}: http_options.port: 127.0.0.1 port {port} is taken by process {os.getpid()}")
+    assert done.returncode == 2
+    taken = f"http_options.port: 127.0.0.1 port {port} is taken by process {os.getpid()}"
+    assert done.stderr.startswith(f"trimtab serve: {file}: {taken}")
     assert "Traceback" not in done.stderr

@@ -43,15 +43,23 @@ def test_a_new_key_is_printed_once_and_kept_as_a_hash_that_others_cannot_read(
     assert KeyRing.of_file(file).find(secret) is None
 
 
-def test_impossible_commands_are_refused_and_change_nothing(file: Path) -> None:
+def test_impossible_commands_are_refused_and_change_nothing(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys.add(file, "alice")
     before = file.read_text()
-    with pytest.raises(SystemExit, match="there is a key 'alice' already"):
-        keys.main(["new", "--name", "alice", "--file", str(file)])
-    with pytest.raises(SystemExit, match="there is no key 'bob'"):
-        keys.main(["revoke", "--name", "bob", "--file", str(file)])
-    with pytest.raises(SystemExit, match="max_sequences"):
-        keys.main(["new", "--name", "bob", "--file", str(file), "--max-sequences", "0"])
+    for command, told in (
+        (["new", "--name", "alice"], "there is a key 'alice' already"),
+        (["revoke", "--name", "bob"], "there is no key 'bob'"),
+        (
+            ["new", "--name", "bob", "--max-sequences", "0"],
+            "--max-sequences: Input should be greater than or equal to 1",
+        ),
+        (["new", "--name", "b o b"], "--name: String should match"),
+        (["list", "--nmae", "bob"], "No such option: --nmae"),
+    ):
+        assert keys.main([*command, "--file", str(file)]) == 2
+        assert capsys.readouterr().err.startswith(f"trimtab keys {command[0]}: {told}")
+    assert keys.main(["list", "--file", str(file.with_name("no.yaml"))]) == 2
+    assert "no.yaml; `trimtab keys new` makes it" in capsys.readouterr().err
     assert file.read_text() == before
     assert list(file.parent.iterdir()) == [file]
 

@@ -10,7 +10,8 @@ import pytest
 
 from actors.api import Piece
 from cluster.errors import DeadlineExceeded, InvalidRequest, Overloaded, ReplicaLost
-from deploy.cli.batch import main, parse_arguments
+from deploy.cli.batch import main
+from deploy.cli.options.batch import COMMAND
 from deploy.jobs.batch.lines import Line
 from deploy.jobs.progress import Progress
 from deploy.jobs.requests import answer_all
@@ -178,14 +179,14 @@ def test_a_terminal_gets_a_bar_with_done_failed_and_total() -> None:
 )
 def test_impossible_options_are_refused(option: str, value: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        parse_arguments(["--input", "a", "--output", "b", option, value])
+        COMMAND.parse(["--input", "a", "--output", "b", option, value])
     assert exit_.value.code == 2
     assert told in capsys.readouterr().err
 
 
 def test_options_give_defaults() -> None:
     given = ["--max-tokens", "5", "--temperature", "0", "--weights", '{"kind": 2}', "--seed", "3"]
-    _, defaults = parse_arguments(["--input", "a", "--output", "b", *given])
+    defaults = COMMAND.parse(["--input", "a", "--output", "b", *given]).defaults
     assert (defaults.fields, defaults.guidance, defaults.seed) == (
         {"max_tokens": 5, "temperature": 0.0},
         {"weights": {"kind": 2}},
@@ -195,7 +196,7 @@ def test_options_give_defaults() -> None:
 
 def test_help_says_in_which_order_results_come(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_arguments(["--help"])
+        COMMAND.parse(["--help"])
     assert "in the order in which they finish" in " ".join(capsys.readouterr().out.split())
 
 

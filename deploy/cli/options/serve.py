@@ -1,0 +1,36 @@
+"""Options of `trimtab serve`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy.cli.command import Command
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What is to be served."""
+
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="a deploy.yaml (that of the current directory; without one, the default service)"),
+    ] = None
+
+
+def _work(options: Options) -> None:
+    from deploy.cli.serve import run
+
+    run(options)
+
+
+COMMAND = Command(
+    name="serve",
+    options=Options,
+    work=_work,
+    description="Check a deploy.yaml, make the shipped models if it names them, and run the service until Ctrl-C. It "
+    "is said when the service is ready, and where.",
+    epilog="A port that is taken is refused before anything starts. On a Ray cluster that runs already, which "
+    "RAY_ADDRESS may name, the service starts there.",
+)
