@@ -18,7 +18,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cu130
 COPY constraints.txt ./
 RUN pip install --no-cache-dir --index-url ${TORCH_INDEX} "$(grep '^torch==' constraints.txt)"
 
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE deploy.yaml ./
 COPY actors ./actors
 COPY cluster ./cluster
 COPY deploy ./deploy

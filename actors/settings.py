@@ -4,6 +4,8 @@ Unknown keys, wrong types and impossible values are errors that name the key. No
 """
 
 import difflib
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +24,16 @@ from pydantic import (
 from cluster.errors import InvalidConfiguration
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-"""Relative model paths start here."""
+"""Where these sources lie: a checkout, or the folder that they are installed in."""
+
+
+def cache_folder(environment: Mapping[str, str]) -> Path:
+    """Return the user's folder for what can be made again: `$XDG_CACHE_HOME/trimtab`, or `~/.cache/trimtab`."""
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
+
+
+START = CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else cache_folder(os.environ)
+"""Where relative paths of models and keys start: at the checkout, and without one in the user's cache."""
 
 NO_GUIDANCE = "base"
 """The profile that every service has: the base model alone. Also what the base is called beside guides, so that no
@@ -325,7 +336,7 @@ def locate_model(model: str) -> str:
     Raises:
         ValueError: a path where there is no directory with a config.json.
     """
-    path = CHECKOUT / Path(model).expanduser()
+    path = START / Path(model).expanduser()
     if path.exists() or model.startswith(("/", "./", "../", "~", "models/")):
         if not (path / "config.json").is_file():
             raise ValueError(f"no model at {path} (no config.json there); {_remedy(path)}")
@@ -340,7 +351,7 @@ def _remedy(path: Path) -> str:
     models = [config.parent.name for config in path.parent.glob("*/config.json")]
     if near := difflib.get_close_matches(path.name, models, n=1):
         return f"did you mean {path.with_name(near[0])}?"
-    return "run `make models`, or check the path" if path.parent == CHECKOUT / "models" else "check the path"
+    return "run `trimtab models`, or check the path" if path.parent == START / "models" else "check the path"
 
 
 def parse_guidance(user_config: dict[str, Any]) -> GuidanceSettings:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import yaml
 
 from cluster.errors import InvalidConfiguration
-from deploy.cli.command import complain
+from deploy.cli.command import complain, default_file
 from deploy.cli.options.check import COMMAND, Options
 from deploy.cli.trimtab import old_way
 from deploy.jobs.outcome import BadOutcome
@@ -25,7 +25,7 @@ def run(options: Options) -> None:
         BadOutcome: there is a mistake in it.
         OSError: it cannot be read.
     """
-    file = options.file
+    file = options.file or default_file()
     try:
         with busy(f"checking {file}"):
             warnings = judge(yaml.safe_load(file.read_text()))

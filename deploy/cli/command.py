@@ -9,12 +9,14 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+from actors.settings import CHECKOUT
 from cluster.errors import TrimtabError
 from deploy.jobs.outcome import BadOutcome
 
@@ -150,6 +152,12 @@ def execute(command: TyperCommand | TyperGroup, arguments: Sequence[str] | None,
 def complain(name: str, text: str) -> None:
     """Say on stderr which command has met what."""
     print(f"{PROGRAM} {name}: {text}", file=sys.stderr, flush=True)
+
+
+def default_file() -> Path:
+    """Return the deploy.yaml that is meant where none is named: the current directory's, else the default service's."""
+    own = Path("deploy.yaml")
+    return own if own.is_file() else CHECKOUT / "deploy" / "files" / "default.yaml"
 
 
 def _told() -> tuple[type[BaseException], ...]:

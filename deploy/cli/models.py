@@ -23,14 +23,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from actors.calibration import FILE as CALIBRATION
-from actors.settings import CHECKOUT
+from actors.settings import CHECKOUT, START
 from actors.training.derive import MAP_WEIGHTS, cut_layers, merge_adapter
 from cluster.errors import InvalidConfiguration
 from deploy.cli.options.models import COMMAND, Options
 from deploy.cli.trimtab import old_way
 from deploy.jobs.progress import busy
 
-MODELS = CHECKOUT / "models"
+MODELS = START / "models"
 ADAPTERS = CHECKOUT / "deploy" / "guides"
 BASE = "smollm2-135m-instruct"
 GUIDES = ("positivity", "plainness")

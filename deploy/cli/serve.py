@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from actors.settings import CHECKOUT
+from actors.settings import START
 from cluster.errors import InvalidConfiguration
-from deploy.cli.command import complain
+from deploy.cli.command import complain, default_file
 from deploy.cli.options.serve import COMMAND, Options
 from deploy.jobs.progress import busy
 from deploy.service.verdict import judge, models_in
@@ -21,8 +20,6 @@ VARIABLES: Mapping[str, str] = {
 """What Serve is to do otherwise than by itself, where the environment does not say. A cluster that runs already keeps
 what it was started with."""
 
-SHIPPED = CHECKOUT / "deploy.yaml"
-
 
 def run(options: Options) -> None:
     """Check the file, make the models that it needs and that ship, and serve until Ctrl-C.
@@ -31,7 +28,7 @@ def run(options: Options) -> None:
         InvalidConfiguration: it cannot be served; nothing was started.
         OSError: the file cannot be read.
     """
-    file = options.file or default_file(Path.cwd())
+    file = options.file or default_file()
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
     # Ray reads them when it is imported.
@@ -60,11 +57,6 @@ def _check(config: Any) -> None:
         complain(COMMAND.name, f"warning: {warning}")
 
 
-def default_file(folder: Path) -> Path:
-    """Return the file that is served where none is named: the folder's own deploy.yaml, else the one that ships."""
-    return folder / "deploy.yaml" if (folder / "deploy.yaml").is_file() else SHIPPED
-
-
 def make_shipped_models(config: Any) -> None:
     """Make the models that ship, if a deploy.yaml names one of them.
 
@@ -73,7 +65,7 @@ def make_shipped_models(config: Any) -> None:
     """
     from deploy.cli.models import MODELS, NAMES, make_models
 
-    if {str(MODELS / name) for name in NAMES} & {str(CHECKOUT / model) for model in models_in(config)}:
+    if {str(MODELS / name) for name in NAMES} & {str(START / model) for model in models_in(config)}:
         make_models(MODELS)
 
 

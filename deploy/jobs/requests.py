@@ -102,13 +102,19 @@ def join_cluster() -> None:
     Raises:
         InvalidConfiguration: there is none.
     """
+    address = os.environ.get("RAY_ADDRESS", "")
     # Where a cluster's address is known but nothing answers there, Ray tries for minutes without a word.
-    print("connecting to the Ray cluster", os.environ.get("RAY_ADDRESS", ""), file=sys.stderr, flush=True)
+    print("connecting to the Ray cluster", address, file=sys.stderr, flush=True)
     try:
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
+        told = "no Ray cluster runs on this machine"
+        if address:
+            told = (
+                f"no Ray cluster lets this process in at {address}, which RAY_ADDRESS names (one that has token "
+                "authentication does with RAY_AUTH_MODE=token)"
+            )
         raise InvalidConfiguration(
-            "no Ray cluster runs on this machine; start the service with `trimtab serve` (or `serve deploy "
-            "deploy.yaml` on a running cluster)"
+            f"{told}; start the service with `trimtab serve` (or `serve deploy deploy.yaml` on a running cluster)"
         ) from error
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

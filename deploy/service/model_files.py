@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.quantizers import AutoHfQuantizer
 
-from actors.settings import CHECKOUT
+from actors.settings import START
 from cluster.errors import InvalidConfiguration
 from deploy.service.validation import nearest
 
@@ -58,7 +58,7 @@ def read_config(model: str) -> Any:
     except Exception as error:
         # transformers raises whatever a configuration makes it: KeyError, ZeroDivisionError, errors of validators.
         told = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
-        models = [f"models/{file.parent.name}" for file in (CHECKOUT / "models").glob("*/config.json")]
+        models = [f"models/{file.parent.name}" for file in (START / "models").glob("*/config.json")]
         remedy = nearest(model, models) or "; mend its config.json"
         raise InvalidConfiguration(f"the model {model!r} cannot be read: {told}{remedy}") from error
     if (quantization := getattr(config, "quantization_config", None)) is not None:

@@ -16,9 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from actors.settings import CHECKOUT
+from actors.settings import CHECKOUT, START, cache_folder
 from deploy.http.access.keys import KEYS_VARIABLE
-from deploy.service.folders import cache_folder
 from deploy.service.port import names_a_cluster
 
 LIBRARIES = ("numpy", "pydantic", "ray", "tokenizers", "torch", "transformers")
@@ -60,12 +59,12 @@ def _judge(config: Any, environment: Mapping[str, str]) -> list[str]:
 def digest_of(config: Any, environment: Mapping[str, str]) -> str | None:
     """Return a digest of all that the checks read; none where a model is no directory, but on a hub."""
     strings = list(_strings(config))
-    directories = [path for text in strings if (path := CHECKOUT / Path(text).expanduser() / "config.json").is_file()]
-    if not all((CHECKOUT / Path(model).expanduser()).is_dir() for model in models_in(config)):
+    directories = [path for text in strings if (path := START / Path(text).expanduser() / "config.json").is_file()]
+    if not all((START / Path(model).expanduser()).is_dir() for model in models_in(config)):
         return None
     read = {
         "config": config,
-        "files": [_state(path) for text in strings if (path := CHECKOUT / Path(text).expanduser()).is_file()],
+        "files": [_state(path) for text in strings if (path := START / Path(text).expanduser()).is_file()],
         "models": [[_state(file) for file in sorted(path.parent.iterdir())] for path in directories],
         "sources": [_state(path) for top in SOURCES for path in sorted((CHECKOUT / top).rglob("*.py"))],
         "libraries": [platform.python_version(), *map(importlib.metadata.version, LIBRARIES)],

@@ -39,7 +39,7 @@ class Running:
         return subprocess.run(
             [*COMMAND, *words],
             cwd=CHECKOUT,
-            env={**os.environ, "RAY_ADDRESS": address},
+            env={**os.environ, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"},
             input=told,
             capture_output=True,
             text=True,

@@ -13,7 +13,10 @@ from deploy.cli.command import Command
 class Options:
     """What is to be checked."""
 
-    file: Annotated[Path, typer.Argument(help="a deploy.yaml")]
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="a deploy.yaml (that of the current directory; without one, the default service's)"),
+    ] = None
 
 
 def _work(options: Options) -> None:

@@ -15,7 +15,7 @@ class Options:
 
     file: Annotated[
         Path | None,
-        typer.Argument(help="a deploy.yaml (that of the current directory; without one, the default service)"),
+        typer.Argument(help="a deploy.yaml (that of the current directory; without one, the default service's)"),
     ] = None
 
 

@@ -25,7 +25,7 @@ from typing import Annotated
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from actors.settings import CHECKOUT, Name, SecuritySettings, Settings
+from actors.settings import START, Name, SecuritySettings, Settings
 from cluster.errors import InvalidConfiguration
 
 KEYS_VARIABLE = "TRIMTAB_KEYS"
@@ -156,7 +156,7 @@ class KeyRing:
 
 def locate_keys(path: str) -> Path:
     """Return the absolute path of a file of keys."""
-    return CHECKOUT / Path(path).expanduser()
+    return START / Path(path).expanduser()
 
 
 def _stamp(file: Path) -> tuple[int, ...] | None:

@@ -74,7 +74,7 @@ def test_help_imports_nothing_large() -> None:
     [
         (["chekc"], "trimtab: No such command 'chekc'. Did you mean 'check'?"),
         (["keys", "neu"], "trimtab keys: No such command 'neu'. Did you mean 'new'?"),
-        (["check"], "trimtab check: Missing argument"),
+        (["plan"], "trimtab plan: Missing argument"),
         (["models", "--directory"], "trimtab models: Option '--directory' requires an argument."),
         (["batch", "--input", "a", "--output", "b", "--seed", "x"], "trimtab batch: Invalid value for '--seed': "),
     ],

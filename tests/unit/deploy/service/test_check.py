@@ -113,7 +113,7 @@ def at(path: str) -> Callable[[Config, Any], None]:
             [{"name": "BaseModel", "autoscaling_config": {"min_replicas": 3, "max_replicas": 2}}],
             r"^trimtab-base.deployments\[BaseModel\].*max_replicas",
         ),
-        ("trimtab-base.args.model", "models/nothing", r"no model at /.*/models/nothing .*run `make models`"),
+        ("trimtab-base.args.model", "models/nothing", r"no model at /.*/models/nothing .*run `trimtab models`"),
         ("trimtab-base.args.model", "/nowhere/at/all", r"args.model: no model at /nowhere/at/all .*check the path"),
         ("trimtab-base.args.cache_tokens", 32, r"^trimtab-base: cache_tokens is 32, less than max_context, 64"),
         ("trimtab-base.route_prefix", "/base", r"^trimtab-base.route_prefix: '/base', but only 'trimtab' speaks HTTP"),
@@ -334,7 +334,7 @@ def test_a_path_that_looks_like_a_hub_id_is_recognised(
     config: Config, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(models / "kind", tmp_path / "models" / "positivity")
-    monkeypatch.setattr("deploy.service.model_files.CHECKOUT", tmp_path)
+    monkeypatch.setattr("deploy.service.model_files.START", tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     applications(config)["trimtab-guide-positivity"]["args"]["model"] = "modles/positivity"
     refuse(config, r"(?s)the model 'modles/positivity' cannot be read: .*; did you mean 'models/positivity'\?")
