@@ -110,5 +110,5 @@ class AsyncClient:
 
 def _coordinator() -> DeploymentHandle:
     if TRIMTAB not in serve.status().applications:
-        raise ReplicaLost("no application 'trimtab' runs on this Ray cluster; start it: serve run deploy.yaml")
+        raise ReplicaLost("no application 'trimtab' runs on this Ray cluster; start it: trimtab serve")
     return serve.get_deployment_handle(COORDINATOR, TRIMTAB)

@@ -9,6 +9,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from typing import Any
 from urllib.parse import urlsplit
 
+from actors.settings import NO_GUIDANCE
 from cluster.errors import InvalidConfiguration, TrimtabError
 from deploy.cli.options.chat import COMMAND, Options
 
@@ -214,7 +215,7 @@ def run(options: Options) -> None:
     """
     service = Service(options.url, options.key)
     models = service.models()
-    chat = Chat(service, Steering(profile="base"), options.max_tokens, _say)
+    chat = Chat(service, Steering(profile=NO_GUIDANCE), options.max_tokens, _say)
     _say(f"{service.url}; profiles: {', '.join(model['id'] for model in models['data'])}; guides: ")
     _say(f"{', '.join(guide['id'] for guide in models['guides']) or 'none'}; /help lists the commands\n")
     if options.profile != chat.steering.profile:

@@ -28,7 +28,7 @@ def run(options: Options) -> None:
     file = options.file or default_file()
     try:
         with busy(f"checking {file}"):
-            warnings = judge(yaml.safe_load(file.read_text()))
+            warnings = judge(yaml.safe_load(file.read_bytes()))
     except (yaml.YAMLError, InvalidConfiguration) as error:
         raise BadOutcome(f"{file}: {error}") from error
     for warning in warnings:

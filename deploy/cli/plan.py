@@ -166,7 +166,7 @@ def run(options: Options) -> None:
         OSError: the file cannot be read.
     """
     try:
-        planned = plan(yaml.safe_load(options.file.read_text()), options)
+        planned = plan(yaml.safe_load(options.file.read_bytes()), options)
     except (yaml.YAMLError, InvalidConfiguration) as error:
         raise InvalidConfiguration(f"{options.file}: {error}") from error
     if options.json:

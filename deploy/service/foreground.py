@@ -62,7 +62,7 @@ def read(file: Path) -> Any:
         OSError: it cannot be read.
     """
     try:
-        return yaml.safe_load(file.read_text())
+        return yaml.safe_load(file.read_bytes())
     except yaml.YAMLError as error:
         raise InvalidConfiguration(f"{error}; `trimtab check` says more") from error
 

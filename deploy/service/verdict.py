@@ -58,34 +58,38 @@ def _judge(config: Any, environment: Mapping[str, str]) -> list[str]:
 
 def digest_of(config: Any, environment: Mapping[str, str]) -> str | None:
     """Return a digest of all that the checks read; none where a model is no directory, but on a hub."""
-    strings = list(_strings(config))
-    directories = [path for text in strings if (path := START / Path(text).expanduser() / "config.json").is_file()]
-    if not all((START / Path(model).expanduser()).is_dir() for model in models_in(config)):
+    if not all(os.path.isdir(_path(model)) for model in models_in(config)):
         return None
+    named = [_path(text) for text in _strings(config)]
+    models = [path for path in named if os.path.isfile(path / "config.json")]
     read = {
         "config": config,
-        "files": [_state(path) for text in strings if (path := START / Path(text).expanduser()).is_file()],
-        "models": [[_state(file) for file in sorted(path.parent.iterdir())] for path in directories],
+        "files": [_state(path) for path in named if os.path.isfile(path)],
+        "models": [[_state(file) for file in sorted(path.iterdir())] for path in models],
         "sources": [_state(path) for top in SOURCES for path in sorted((CHECKOUT / top).rglob("*.py"))],
         "libraries": [platform.python_version(), *map(importlib.metadata.version, LIBRARIES)],
         "keys": environment.get(KEYS_VARIABLE),
         "elsewhere": names_a_cluster(environment),
         "machine": [os.cpu_count(), os.sysconf("SC_PHYS_PAGES"), sorted(map(str, Path("/dev").glob("nvidia*")))],
     }
-    return hashlib.sha256(json.dumps(read, default=str).encode()).hexdigest()
+    return hashlib.sha256(repr(read).encode()).hexdigest()
+
+
+def _path(text: str) -> Path:
+    """What a text in a deploy.yaml means, if it is a path. `os.path` takes any text, `pathlib` raises for some."""
+    return START / os.path.expanduser(text)
 
 
 def _state(path: Path) -> tuple[str, int, int]:
-    """What tells that a file has changed."""
-    stat = path.stat()
+    """What tells that a file has changed; of a broken link, the link's own."""
+    stat = os.stat(path) if os.path.exists(path) else os.lstat(path)
     return str(path), stat.st_size, stat.st_mtime_ns
 
 
 def _strings(value: Any) -> Iterator[str]:
     """Yield every text in parsed YAML, which may be a path."""
     if isinstance(value, str):
-        # Longer ones are no paths, and the system would say so with an error.
-        yield from [value] if len(value) < 1024 and "\0" not in value else []
+        yield value
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _strings(inner)

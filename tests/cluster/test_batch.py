@@ -184,5 +184,5 @@ def test_a_service_that_does_not_run_stops_the_start(prompts: Path, tmp_path: Pa
     serve.delete("trimtab")
     status, told = finish(prompts, tmp_path / "results.jsonl")
     assert status == 2
-    assert "no application 'trimtab' runs on this Ray cluster; start it: serve run deploy.yaml" in told
+    assert "no application 'trimtab' runs on this Ray cluster; start it: trimtab serve" in told
     assert not (tmp_path / "results.jsonl").exists()

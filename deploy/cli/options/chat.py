@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from actors.settings import NO_GUIDANCE
 from deploy.cli.command import Command
 
 
@@ -18,7 +19,9 @@ class Options:
     key: Annotated[
         str | None, typer.Option(metavar="KEY", envvar="TRIMTAB_KEY", help="where the service asks for one (none)")
     ] = None
-    profile: Annotated[str, typer.Option(metavar="NAME", help="to begin with (base: no guidance)")] = "base"
+    profile: Annotated[str, typer.Option(metavar="NAME", help=f"to begin with ({NO_GUIDANCE}: no guidance)")] = (
+        NO_GUIDANCE
+    )
     max_tokens: Annotated[int, typer.Option(metavar="N", help="of an answer (512)")] = 512
 
 

@@ -91,6 +91,10 @@ def test_a_bad_file_is_told_by_its_mistake(tmp_path: Path) -> None:
     assert done.stderr.endswith(
         f"trimtab check: {tmp_path}/deploy.yaml: aplications: there is no such key; did you mean 'applications'?\n"
     )
+    (tmp_path / "deploy.yaml").write_bytes(b"applications: \xff")
+    done = run("deploy", "check", str(tmp_path / "deploy.yaml"))
+    assert done.returncode == 1
+    assert "unacceptable character" in done.stderr or "invalid start byte" in done.stderr
     done = run("deploy", "check", str(tmp_path / "none.yaml"))
     assert done.returncode == 2
     assert done.stderr.startswith("trimtab check: [Errno 2] No such file or directory")

@@ -105,7 +105,16 @@ def test_a_model_of_a_hub_is_checked_each_time(config: Config) -> None:
 
 
 def test_what_is_no_deploy_yaml_has_a_digest_too() -> None:
-    configs: list[Any] = [None, [], "text\0", {"applications": 3}, {"applications": [None, {"args": []}]}]
+    configs: list[Any] = [
+        None,
+        [],
+        "text\0",
+        "x" * 300,
+        "~nobody/x",
+        {1: {None: "y" * 5000}},
+        {"applications": 3},
+        {"applications": [None, {"args": []}]},
+    ]
     for config in configs:
         assert digest_of(config, {}) is not None
 
