@@ -16,7 +16,6 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from actors.settings import CHECKOUT
 from cluster.errors import TrimtabError
 from deploy.jobs.outcome import BadOutcome
 
@@ -31,6 +30,9 @@ STATUSES = f"""Exit status of every command:
 {BAD:<5} it ran, and the outcome is bad
 {REFUSED:<5} bad use, or nothing was started
 {INTERRUPTED:<5} interrupted"""
+
+DEFAULT = Path(__file__).resolve().parents[1] / "files" / "default.yaml"
+"""The default service's."""
 
 Options = TypeVar("Options")
 
@@ -157,7 +159,7 @@ def complain(name: str, text: str) -> None:
 def default_file() -> Path:
     """Return the deploy.yaml that is meant where none is named: the current directory's, else the default service's."""
     own = Path("deploy.yaml")
-    return own if own.is_file() else CHECKOUT / "deploy" / "files" / "default.yaml"
+    return own if own.is_file() else DEFAULT
 
 
 def _told() -> tuple[type[BaseException], ...]:
