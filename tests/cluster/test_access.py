@@ -145,7 +145,7 @@ def test_logs_hold_no_key_and_nothing_of_a_request(service: Service, secrets: di
         assert [path for path in files if word in text[path]] == []
     refused = [line for each in text.values() for line in each.splitlines() if "the API key is not known" in line]
     assert refused
-    assert any("refused a request: InvalidRequest, max_tokens" in each for each in text.values())
+    assert any("refused a request: ContextExceeded, max_tokens" in each for each in text.values())
 
 
 def until(is_true: Any, timeout_s: float = 60) -> None:
