@@ -30,10 +30,15 @@ PROMPTS: list[dict[str, Any]] = [
     for i in range(NUM_PROMPTS)
 ]
 BAD = [
-    (b"{not JSON", "the line is not JSON", None),
-    (b'{"prompt": "x", "n": 2}', "n is not supported", "n"),
-    (b'{"prompt": "x", "weights": {"unkind": 1.0}}', "there is no guide 'unkind'; guides are: kind", "weights"),
-    (b'{"prompt": "x", "max_tokens": 4000}', "the context limit", "max_tokens"),
+    (b"{not JSON", "the line is not JSON", "InvalidRequest", None),
+    (b'{"prompt": "x", "n": 2}', "n is not supported", "InvalidRequest", "n"),
+    (
+        b'{"prompt": "x", "weights": {"unkind": 1.0}}',
+        "there is no guide 'unkind'; guides are: kind",
+        "InvalidRequest",
+        "weights",
+    ),
+    (b'{"prompt": "x", "max_tokens": 4000}', "the context limit", "ContextExceeded", "max_tokens"),
 ]
 Result = dict[str, Any]
 
@@ -132,7 +137,7 @@ def test_a_killed_run_is_taken_up_and_bad_lines_are_told(
     prompts: Path, tmp_path: Path, undisturbed: dict[int, Result]
 ) -> None:
     mixed, results = tmp_path / "mixed.jsonl", tmp_path / "results.jsonl"
-    mixed.write_bytes(prompts.read_bytes() + b"".join(raw + b"\n" for raw, _, _ in BAD))
+    mixed.write_bytes(prompts.read_bytes() + b"".join(raw + b"\n" for raw, *_ in BAD))
     with batch(mixed, results, "--concurrency", "2") as process:
         wait_for_results(results, 10, process)
         process.kill()
@@ -148,11 +153,11 @@ def test_a_killed_run_is_taken_up_and_bad_lines_are_told(
     assert results.read_bytes().startswith(b"".join(kept)), "what was done stays"
     resumed = read(results)
     assert set(resumed) == set(range(1, NUM_PROMPTS + len(BAD) + 1))
-    for line, (_, message, field) in enumerate(BAD, NUM_PROMPTS + 1):
+    for line, (_, message, kind, field) in enumerate(BAD, NUM_PROMPTS + 1):
         error = resumed[line]["error"]
         assert message in error["message"]
-        assert (error["type"], error["field"]) == ("InvalidRequest", field)
-        assert f"line {line}: InvalidRequest: {error['message']}" in told
+        assert (error["type"], error["field"]) == (kind, field)
+        assert f"line {line}: {kind}: {error['message']}" in told
     assert all(resumed[line]["seed"] == result["seed"] for line, result in undisturbed.items())
     # Sums that round differently in another batch may tip a draw between two equal scores.
     assert sum(resumed[line]["token_ids"] != undisturbed[line]["token_ids"] for line in undisturbed) <= 1
