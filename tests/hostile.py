@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,12 +98,20 @@ WITHOUT_A_FIELD = ("the body", "prompt", "messages", "stream_options", "max_toke
 """What a message may name where no single field is wrong."""
 
 
+INSIDE = re.compile(
+    rb"traceback|\bpid\b|site-packages|\.py\b|/tmp/|\b0x[0-9a-f]{6,}|\d\.\d+\.\d+\.\d+:\d", re.IGNORECASE
+)
+"""What tells of the service's inside: a traceback, a process, a path, an address."""
+
+
 def names_what_is_wrong(request: Hostile, status: int, body: bytes) -> bool:
-    """Whether an answer refuses a request as it should: by the name of what is wrong, and in few words."""
+    """Whether an answer refuses a request as it should: by the name of what is wrong, shortly, telling no inside."""
     if status not in REFUSALS or len(body) > 10_000:
         return False
     if request.method == "HEAD":
         return True
+    if INSIDE.search(body):
+        return False
     error = json.loads(body)["error"]
     if status in (404, 405) and request.kind == "path":
         return True

@@ -1,5 +1,6 @@
 """What requests leave behind in the service's processes."""
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,17 @@ def look() -> dict[str, Trace]:
         for role in ROLES
         for name, process in processes_of(role).items()
     }
+
+
+def settled(timeout_s: float = 60) -> dict[str, Trace]:
+    """What every process holds once nothing is live any more."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        traces = look()
+        if not any(count for trace in traces.values() for count in trace.live.values()):
+            return traces
+        assert time.monotonic() < deadline, {name: trace.live for name, trace in traces.items()}
+        time.sleep(0.2)
 
 
 def _look_at(name: str, process_id: int) -> Trace:

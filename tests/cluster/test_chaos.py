@@ -20,7 +20,7 @@ from bench.table import markdown
 from tests import tiny
 from tests.chaos.faults import Fault, Faults, make_plan
 from tests.chaos.load import Answer, Ask, Load, at_once, leave, make_asks, send
-from tests.chaos.traces import Trace, look
+from tests.chaos.traces import Trace, settled
 from tests.cluster.conftest import Deploy, Service, StartDeploy, model_args, service_config
 from tests.reference import Comparison
 
@@ -175,17 +175,6 @@ def trace_table(before: dict[str, Trace], after: dict[str, Trace]) -> str:
             ]
         )
     return markdown(["process", "connections", "segments", "memory, MiB", "more"], rows)
-
-
-def settled(timeout_s: float = 60) -> dict[str, Trace]:
-    """What the service holds when nothing is live any more."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        traces = look()
-        if not any(count for trace in traces.values() for count in trace.live.values()):
-            return traces
-        assert time.monotonic() < deadline, {name: trace.live for name, trace in traces.items()}
-        time.sleep(0.2)
 
 
 def test_clients_that_leave_leave_nothing_behind(service: Service, pytestconfig: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""Whatever arrives over HTTP, no actor crashes or hangs, every refusal names what is wrong, and others are served."""
+"""Whatever arrives over HTTP, no actor crashes or hangs, refusals name what is wrong, others are served, nothing is left."""
 
 import http.client
 import itertools
@@ -21,6 +21,7 @@ import requests
 from ray.util.state import list_actors
 
 from tests import tiny
+from tests.chaos.traces import settled
 from tests.cluster.conftest import BIN, Deploy, Service, model_args, service_config
 from tests.hostile import GOOD, LARGE, Hostile, hostile_requests, names_what_is_wrong
 
@@ -40,11 +41,12 @@ def service(deploy: Deploy, tmp_path_factory: pytest.TempPathFactory) -> Service
 
 
 @pytest.fixture(autouse=True)
-def _no_actor_is_lost(service: Service) -> Iterator[None]:
+def _nothing_is_lost_or_left(service: Service) -> Iterator[None]:
     before = replicas()
     yield
     assert requests.post(f"{service.url}/v1/completions", json=GOOD, timeout=HANGS_S).status_code == 200
     assert replicas() == before
+    settled()
 
 
 def replicas() -> dict[str, int]:
