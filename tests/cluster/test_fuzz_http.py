@@ -1,4 +1,4 @@
-"""Whatever arrives over HTTP, no actor crashes or hangs, refusals name what is wrong, others are served, nothing is left."""
+"""Whatever arrives over HTTP: no actor crashes or hangs, refusals name what is wrong, others are served, nothing stays."""
 
 import http.client
 import itertools
