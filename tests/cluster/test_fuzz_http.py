@@ -1,4 +1,4 @@
-"""Whatever arrives over HTTP: no actor crashes or hangs, refusals name what is wrong, others are served, nothing stays."""
+"""Whatever arrives over HTTP: no actor crashes, refusals name what is wrong, others are served, and nothing is left."""
 
 import http.client
 import itertools
