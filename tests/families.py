@@ -163,7 +163,7 @@ TITLES = (
     "compiled pass on processors",
     "sharding plan for `tensor_parallel`",
     "trains (share of the small model's layers that an adapter reaches)",
-    "`deploy.derive` cuts it",
+    "`trimtab derive` cuts it",
     "`rows: hidden_states`",
 )
 
