@@ -25,7 +25,7 @@ def test_every_stream_ends_with_its_rest_or_with_an_error_event(
     port = free_port()
     config["http_options"] = {"host": "127.0.0.1", "port": port}
     url = f"http://127.0.0.1:{port}"
-    body = {"model": "base", "prompt": "hello", "max_tokens": max_tokens, "stream": True}
+    body = {"model": "base", "prompt": "hello", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
     ends = [""] * NUM_STREAMS
     begun = threading.Barrier(NUM_STREAMS + 1, timeout=120)
 
