@@ -34,7 +34,7 @@ class ChatTemplate:
         for order in (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",)):
             try:
                 return self.render([{"role": role, "content": _word(0)} for role in order], is_answered=True)
-            except Exception:
+            except Exception:  # A template is a program, and may raise whatever Python has.
                 continue
         return ""
 
@@ -64,7 +64,7 @@ class ChatTemplate:
         """Whether the text of the last message of a role can be found in what the template makes of a conversation."""
         try:
             text = self._apply(messages, messages[-1]["role"] == "assistant")
-        except Exception:
+        except Exception:  # As in `turns`.
             return False
         place = max(i for i, message in enumerate(messages) if message["role"] == role)
         return _word(place) in text

@@ -58,7 +58,8 @@ PIRATE = {
     "for": "fer",
     "to": "t'",
 }
-PIRATE_WORDS = frozenset(PIRATE.values()) | {"arr", "ahoy", "matey", "avast", "aye"}
+PIRATE_WORDS = frozenset(PIRATE.values()) - {"be", "me"} | {"arr", "ahoy", "matey", "avast", "aye"}
+"""Those that nobody else says."""
 
 
 def ends_in_question(prompt: Prompt, response: str) -> float:

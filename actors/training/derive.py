@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from actors.engine.models.loading import load_whole
@@ -307,6 +308,13 @@ def save_map(model: Any, directory: Path) -> None:
     partial.rename(directory)
 
 
+def check_can_scale(directory: Path) -> None:
+    """Raise `InvalidConfiguration` unless `scale_guide` can be done; reads a model's configuration alone."""
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config(decoder=True)
+    if config.tie_word_embeddings or getattr(config, "final_logit_softcapping", None):
+        raise InvalidConfiguration(f"{directory}: its output layer cannot be scaled; leave --scale out")
+
+
 def scale_guide(directory: Path, factor: float) -> None:
     """Multiply the logits of a guide that was trained under its base, in its output layer and in the map beside it.
 
@@ -320,13 +328,10 @@ def scale_guide(directory: Path, factor: float) -> None:
         InvalidConfiguration: its logits are not proportional to its output layer's weights, or the embedding has them
             too.
     """
+    check_can_scale(directory)
     model = load_whole(directory, dtype="auto")
-    config = model.config.get_text_config(decoder=True)
-    output = model.get_output_embeddings()
-    if output.weight is model.get_input_embeddings().weight or getattr(config, "final_logit_softcapping", None):
-        raise InvalidConfiguration(f"{directory}: its output layer cannot be scaled; leave --scale out")
     with torch.no_grad():
-        for parameter in output.parameters():
+        for parameter in model.get_output_embeddings().parameters():
             parameter.mul_(factor)
     partial = directory / "scaled.partial"
     model.save_pretrained(partial)

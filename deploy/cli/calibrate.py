@@ -32,7 +32,7 @@ from actors.training.calibration import (
     summarise,
 )
 from actors.training.card import replace_section
-from actors.training.derive import scale_guide
+from actors.training.derive import check_can_scale, scale_guide
 from actors.training.rewards import Reward, load_reward, score
 from actors.training.run import SETTINGS
 from actors.vocabularies import end_tokens, load_tokenizer
@@ -79,6 +79,8 @@ def calibrate(settings: Settings) -> Calibration:
         InvalidConfiguration: prompts, reward or models cannot be used.
         RayError: a worker died.
     """
+    if settings.has_to_scale:
+        check_can_scale(settings.guide)
     reward = load_reward(settings.reward) if settings.reward else None
     asked = choose_prompts(read_prompts(settings.prompts), settings.num_answers)
     num_workers = max(1, min(len(asked), int(ray.cluster_resources().get("CPU", 1))))

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -154,6 +154,13 @@ def execute(command: TyperCommand | TyperGroup, arguments: Sequence[str] | None,
 def complain(name: str, text: str) -> None:
     """Say on stderr which command has met what."""
     print(f"{PROGRAM} {name}: {text}", file=sys.stderr, flush=True)
+
+
+DeployFile = Annotated[
+    Path | None,
+    typer.Argument(help="a deploy.yaml (that of the current directory; without one, the default service's)"),
+]
+"""An argument; `default_file` is meant where there is none."""
 
 
 def default_file() -> Path:

@@ -42,7 +42,7 @@ def run(options: Options) -> None:
         _check(config)
     except InvalidConfiguration as error:
         raise InvalidConfiguration(f"{file}: {error}") from error
-    serve(file, url)
+    serve(file, config, url)
 
 
 def _check(config: Any) -> None:

@@ -29,9 +29,9 @@ class Facts:
             return answer
         call: DeploymentResponse | None = None
         try:
-            handle = await asyncio.to_thread(serve.get_app_handle, application)
-            call = getattr(handle, method).remote()
             async with asyncio.timeout(ASK_S):
+                handle = await asyncio.to_thread(serve.get_app_handle, application)
+                call = getattr(handle, method).remote()
                 answer = await call
         except (RayError, RayServeException, TimeoutError):
             if call is not None:

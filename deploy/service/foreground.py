@@ -26,8 +26,13 @@ from ray.serve.schema import ServeDeploySchema
 from ray.serve.scripts import cli
 
 from actors.names import GATEWAY, TRIMTAB
+from actors.settings import Limits
 from cluster.errors import InvalidConfiguration
+from deploy.http.closing import LAST_WORDS_S
 from deploy.service.port import announce, check_port, names_a_cluster, url_of
+
+ASK_S = 10.0
+"""For a gateway to hear that it is to end, and to say that it has."""
 
 
 def prepare(config: Any, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -46,11 +51,11 @@ def prepare(config: Any, environment: Mapping[str, str] = os.environ) -> str | N
     return url_of(schema.http_options)
 
 
-def run(file: Path, url: str | None) -> None:
-    """Run the service until Ctrl-C; say at which address it is ready, where that is known."""
+def run(file: Path, config: Any, url: str | None) -> None:
+    """Run the service of a checked deploy.yaml until Ctrl-C; say at which address it is ready, where that is known."""
     if url is not None:
         threading.Thread(target=announce, args=(url, _say), daemon=True, name="announce").start()
-    Stop().listen()
+    Stop(drain_s_of(config)).listen()
     cli.main(args=["run", str(file)], prog_name="serve")
 
 
@@ -67,10 +72,17 @@ def read(file: Path) -> Any:
         raise InvalidConfiguration(f"{error}; `trimtab check` says more") from error
 
 
+def drain_s_of(config: Any) -> float:
+    """Return how long a checked deploy.yaml lets answers go on that are being written when the service is stopped."""
+    args = next((each.get("args") for each in config["applications"] if each["name"] == TRIMTAB), None) or {}
+    return Limits.model_validate(args.get("limits") or {}).drain_s
+
+
 class Stop:
     """The first Ctrl-C asks the gateways to come to their end, and then counts; another one counts at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, drain_s: float) -> None:
+        self._deadline_s = drain_s + LAST_WORDS_S + ASK_S
         self._is_wanted = threading.Event()
 
     def listen(self) -> None:
@@ -88,9 +100,9 @@ class Stop:
         try:
             if _is_serving():
                 _say("stopping: answers that are being written have limits.drain_s to end; Ctrl-C again stops at once")
-                serve.get_deployment_handle(GATEWAY, TRIMTAB).broadcast("close").results()
-        except (RayError, RayServeException, RuntimeError) as error:
-            _say(f"no gateway could be asked: {error}")
+                serve.get_deployment_handle(GATEWAY, TRIMTAB).broadcast("close").results(timeout_s=self._deadline_s)
+        except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
+            _say(f"not every gateway came to its end: {error or type(error).__name__}")
         finally:
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -1,22 +1,15 @@
 """Options of `trimtab check`."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from deploy.cli.command import Command
+from deploy.cli.command import Command, DeployFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What is to be checked."""
 
-    file: Annotated[
-        Path | None,
-        typer.Argument(help="a deploy.yaml (that of the current directory; without one, the default service's)"),
-    ] = None
+    file: DeployFile = None
 
 
 def _work(options: Options) -> None:
